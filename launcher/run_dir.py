@@ -1,0 +1,141 @@
+"""What a launcher reads from and writes into a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlm_dist.errors import UserError
+
+ENDED = frozenset({"preempted", "cancelled", "finished", "failed"})
+
+
+@dataclass(frozen=True)
+class Status:
+    """`status.json`: the truth about how far a run is and how it ended."""
+
+    state: str  # running | preempted | cancelled | finished | failed
+    requeue: bool
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory, which need not exist yet."""
+
+    path: Path
+
+    @property
+    def logs(self) -> Path:
+        """The directory of the ranks' output."""
+        return self.path / "logs"
+
+    @property
+    def stop_request(self) -> Path:
+        """The file that asks a run to checkpoint and end."""
+        return self.path / "stop_request"
+
+    def status(self) -> Status | None:
+        """What `status.json` says; None when there is none.
+
+        Raises:
+            UserError: the file is there but cannot be read.
+        """
+        path = self.path / "status.json"
+        try:
+            found = json.loads(path.read_text())
+            return Status(
+                str(found["state"]), bool(found["requeue"]), int(found["step"]), str(found.get("reason") or "")
+            )
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            raise UserError(f"{self.path} is a file, not a run directory") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path} is not a run's status: {e!r}") from None
+
+    def status_stamp(self) -> tuple[int, int, int] | None:
+        """Changes whenever `status.json` is written; None when there is none."""
+        try:
+            found = os.stat(self.path / "status.json")
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def last_sign_of_life(self) -> float | None:
+        """Unix time at which the run last wrote its status, lock or metrics; None when it never did."""
+        times = []
+        for name in ("status.json", "lock", "metrics.jsonl"):
+            try:
+                times.append(os.stat(self.path / name).st_mtime)
+            except OSError:
+                continue
+        return max(times, default=None)
+
+    def request_stop(self, reason: str, *, requeue: bool = False) -> None:
+        """Asks the run to checkpoint and end, by a `stop_request` that is never seen half written.
+
+        Raises:
+            OSError: the run directory is missing or cannot be written.
+        """
+        part = self.path / f".stop_request-{os.getpid()}"
+        try:
+            part.write_text(json.dumps({"reason": reason, "requeue": requeue}))
+            part.replace(self.stop_request)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def find_run(name: str) -> RunDir:
+    """The run directory `name`, or `runs/name` when there is no such directory.
+
+    Raises:
+        UserError: neither is a directory that a run has written its status into.
+    """
+    for path in (Path(name), Path("runs") / name):
+        if (path / "status.json").is_file():
+            return RunDir(path)
+    raise UserError(f"{name}: no run directory (neither {name}/status.json nor runs/{name}/status.json exists)")
+
+
+def resolve(config: Path, overrides: Sequence[str], environ: Mapping[str, str]) -> RunDir:
+    """The run directory that `mlm_dist.train --config config overrides...` will use: run.dir / run.name.
+
+    Flags come before the environment (MLM_RUN__DIR, MLM_RUN__NAME), that before the file; the defaults are "runs" and
+    the file's stem.
+
+    Raises:
+        UserError: the file is missing, unreadable or not a YAML mapping.
+    """
+    import yaml
+
+    try:
+        text = config.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"--config {config}: no such file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {config}: cannot be read ({e})") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"--config {config}: not YAML: {e}") from None
+    section: Any = (tree or {}).get("run") if isinstance(tree or {}, dict) else tree
+    if section is not None and not isinstance(section, dict):
+        what = "run" if isinstance(tree, dict) else "the file"
+        raise UserError(f"--config {config}: {what} must be a mapping of keys to values, not {section!r}")
+    values = {"dir": "runs", "name": config.stem}
+    values |= {k: str(v) for k, v in (section or {}).items() if k in values and v is not None}
+    values |= {k: environ[name] for k in values if (name := f"MLM_RUN__{k.upper()}") in environ}
+    for i, word in enumerate(overrides):
+        flag, equals, value = word.partition("=")
+        key = flag.removeprefix("--run.")
+        if flag.startswith("--run.") and key in values:
+            if not equals and i + 1 == len(overrides):
+                raise UserError(f"{flag}: a value must follow")
+            values[key] = value if equals else overrides[i + 1]
+    return RunDir(Path(values["dir"]) / values["name"])

@@ -1,0 +1,247 @@
+"""The run's configuration: one tree of dataclasses, each section declared beside its owner, read from YAML, ``MLM_*`` variables and flags."""
+
+import difflib
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mlm_dist.checkpoint import CheckpointConfig
+from mlm_dist.data.masking import MaskConfig
+from mlm_dist.data.stream import DataConfig
+from mlm_dist.ds_config import DeepSpeedSection
+from mlm_dist.errors import UserError
+from mlm_dist.evaluate import EvalConfig
+from mlm_dist.lifecycle import RunConfig
+from mlm_dist.model.bert import ModelConfig
+from mlm_dist.optim import OptimConfig
+from mlm_dist.tracking import TrackConfig
+
+ENV_PREFIX = "MLM_"
+# May not change in a run directory at all; the manifest and tokenizer count by fingerprint, not by path.
+IDENTITY = (
+    "run.seed",
+    "data.seq_len data.packing data.long_documents data.text_field data.lanes",
+    "mask.strategy mask.rate mask.split mask.labels",
+    "model.init model.name_or_path model.config",
+    "train.global_batch",
+    "optim.name optim.betas optim.eps optim.weight_decay",
+)
+# May change when the user says so by --allow_change KEY.
+GUARDED = ("train.steps", "train.epochs", "optim.lr", "optim.warmup", "optim.schedule")
+
+
+@dataclass
+class TrainConfig:
+    """How long and in what pieces to train.
+
+    Attributes:
+        steps: optimizer steps; give this or ``epochs``.
+        epochs: passes over the training manifest.
+        global_batch: rows of one optimizer step over all ranks; accumulation is derived.
+        micro_batch: rows of one forward and backward on one rank.
+        precision: ``fp32``, or ``bf16`` (torch autocast; fp32 weights and moments).
+        clip: largest global L2 norm of the gradients; 0 is off.
+        deterministic: bitwise repeatable kernels on CUDA (CPU is so anyway).
+        timeout: seconds after which a collective that does not finish ends the run.
+        max_skipped: consecutive steps with a non-finite loss or gradient before the run stops.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    global_batch: int = 32
+    micro_batch: int = 8
+    precision: Literal["fp32", "bf16"] = "bf16"
+    clip: float = 1.0
+    deterministic: bool = False
+    timeout: float = 1800.0
+    max_skipped: int = 10
+
+    def check(self) -> None:
+        """Raises UserError for values that no run can have."""
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"train.steps: {self.steps}, train.epochs: {self.epochs}; give exactly one of them.")
+        for key in ("steps", "epochs", "global_batch", "micro_batch", "max_skipped"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"train.{key}: {value} must be at least 1.")
+        if self.clip < 0:
+            raise UserError(f"train.clip: {self.clip} must be positive, or 0 for no clipping.")
+        if self.timeout <= 0:
+            raise UserError(f"train.timeout: {self.timeout} must be a positive number of seconds.")
+
+
+@dataclass
+class Config:
+    """Everything that a run is made from."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def check(self) -> None:
+        """Check every section alone. Raises UserError naming the key, its value and what would be right."""
+        for section in fields(self):
+            check = getattr(getattr(self, section.name), "check", None)
+            if check:
+                check()
+        if self.train.epochs is not None and self.optim.warmup >= 1:
+            raise UserError(f"optim.warmup: {self.optim.warmup} steps with train.epochs: with epochs, give the warm-up as a fraction of the run below 1.")
+
+    def flat(self) -> dict[str, Any]:
+        """``{"section.key": value}`` in plain types (tuples become lists)."""
+        return {f"{s}.{k}": _plain(v) for s, section in asdict(self).items() for k, v in section.items()}
+
+    def dump(self) -> str:
+        """The configuration as YAML that ``load`` reads back."""
+        return yaml.safe_dump({s: {k: _plain(v) for k, v in section.items()} for s, section in asdict(self).items()}, sort_keys=False)
+
+    def identity(self, manifest: str, tokenizer: str) -> dict[str, Any]:
+        """What a run directory is tied to: the identity keys, and the fingerprints of manifest and tokenizer."""
+        flat = self.flat()
+        return {key: flat[key] for line in IDENTITY for key in line.split()} | {"data.manifest": manifest, "data.tokenizer": tokenizer}
+
+    def guarded(self) -> dict[str, Any]:
+        """The keys that change only by ``--allow_change``."""
+        flat = self.flat()
+        return {key: flat[key] for key in GUARDED}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def known_keys() -> list[str]:
+    """Every ``section.key``."""
+    sections = typing.get_type_hints(Config)
+    return [f"{s.name}.{f.name}" for s in fields(Config) for f in fields(sections[s.name]) if is_dataclass(sections[s.name])]
+
+
+def _unknown(kind: str, key: str, candidates: Sequence[str]) -> UserError:
+    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.3)
+    return UserError(f"{kind}: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"--config: {str(path)!r} cannot be read ({error.strerror}). Give the path of a run config such as recipes/demo.yaml.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"--config: {str(path)!r} must hold sections such as 'run:' and 'data:', not {type(tree).__name__}.")
+    known = known_keys()
+    sections = sorted({k.split(".")[0] for k in known})
+    for section, content in tree.items():
+        if section not in sections:
+            raise _unknown(str(path), str(section), sections)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: section {section!r} must hold keys, not {content!r}.")
+        for key in content:
+            if f"{section}.{key}" not in known:
+                raise _unknown(str(path), f"{section}.{key}", known)
+
+
+def _check_flags(argv: Sequence[str]) -> None:
+    known = known_keys()
+    for word in argv:
+        if word.startswith("--") and "." in word:
+            key = word[2:].split("=", 1)[0]
+            if not any(key == k or key.startswith(k + ".") for k in known):
+                raise _unknown("flag", f"--{key}", [f"--{k}" for k in known])
+
+
+def _check_environment(environ: Mapping[str, str]) -> None:
+    known = {ENV_PREFIX + k.upper().replace(".", "__") for k in known_keys()}
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and "__" in name and name not in known:
+            raise _unknown("environment", name, sorted(known))
+
+
+@dataclass
+class Invocation:
+    """A parsed command line.
+
+    Attributes:
+        config: the configuration, checked section by section.
+        allow_change: keys that the user lets differ from the run directory's.
+    """
+
+    config: Config
+    allow_change: list[str]
+
+
+def load(argv: Sequence[str], prog: str = "mlm-dist train") -> Invocation:
+    """Read a command line: flag > ``MLM_*`` environment (``MLM_TRAIN__STEPS``) > the YAML of ``--config`` > default.
+
+    Raises:
+        UserError: no or unreadable config, unknown key, value of a wrong type or out of range.
+        SystemExit: after ``--help``.
+    """
+    import jsonargparse
+
+    argv = list(argv)
+    path = _pop_option(argv, "--config")
+    help_wanted = "-h" in argv or "--help" in argv
+    if not help_wanted:
+        if path is None:
+            raise UserError("--config: missing. Give a run config, for example --config recipes/smoke.yaml.")
+        _check_yaml(Path(path))
+        _check_flags(argv)
+        _check_environment(os.environ)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} --config FILE [--section.key VALUE ...]",
+        description="Any key of the run config can be given as a flag or as an MLM_SECTION__KEY variable.",
+        default_env=True,
+        env_prefix="MLM",
+        exit_on_error=False,
+        default_config_files=[path] if path else None,
+    )
+    sections = typing.get_type_hints(Config)
+    for section in fields(Config):
+        parser.add_class_arguments(sections[section.name], section.name)
+    parser.add_argument("--allow_change", "--allow-change", action="append", default=[], metavar="KEY", help="let this key differ from the run directory's")
+    try:
+        namespace = parser.parse_args(argv)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        raise UserError(" ".join(str(error).replace("Parser key ", "").split())) from error
+    config = Config(**{s.name: sections[s.name](**_section(namespace[s.name])) for s in fields(Config)})
+    if config.run.name is None:
+        config.run.name = Path(path).stem if path else "run"
+    config.check()
+    allow = list(namespace["allow_change"])
+    for key in allow:
+        if key not in GUARDED:
+            raise UserError(f"--allow_change: {key!r} cannot be allowed; the keys that can are {', '.join(GUARDED)}.")
+    return Invocation(config, allow)
+
+
+def _section(values: Any) -> dict[str, Any]:
+    return {k: (dict(v.as_dict()) if hasattr(v, "as_dict") else v) for k, v in vars(values).items() if not k.startswith("__")}
+
+
+def _pop_option(argv: list[str], option: str) -> str | None:
+    value = None
+    for i in range(len(argv) - 1, -1, -1):
+        if argv[i] == option and i + 1 < len(argv):
+            value = value or argv[i + 1]
+            del argv[i : i + 2]
+        elif argv[i].startswith(option + "="):
+            value = value or argv[i].split("=", 1)[1]
+            del argv[i]
+    return value

@@ -1,0 +1,110 @@
+"""Rows: training rows as flat ragged arrays, from the block that makes them to the tensors that a micro-batch is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The concatenation of ``arange(starts[i], starts[i] + lengths[i])``, int64 [lengths.sum()]."""
+    lengths = np.asarray(lengths, np.int64)
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) + np.repeat(np.asarray(starts, np.int64) - ends + lengths, lengths)
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts, dtype=np.int64) - counts
+
+
+@dataclass
+class Rows:
+    """R rows. Each of three ragged groups is one flat array of values and one of counts per row.
+
+    Attributes:
+        ids: uint16|uint32 [T], input ids after masking, [CLS] and [SEP] of each segment included; ``lengths`` int32 [R] sums to T.
+        segment_lengths: int32 [G], tokens of each segment, in order; ``segments`` int32 [R] sums to G.
+        positions: int32 [M], places within the row that carry a label; ``labels`` (dtype of ids) [M], the token there; ``selected`` int32 [R] sums to M.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    segment_lengths: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+    selected: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, index: np.ndarray) -> "Rows":
+        """The rows ``index`` (int64 [K]) in that order."""
+        token = ranges(_starts(self.lengths)[index], self.lengths[index])
+        segment = ranges(_starts(self.segments)[index], self.segments[index])
+        label = ranges(_starts(self.selected)[index], self.selected[index])
+        return Rows(
+            ids=self.ids[token],
+            lengths=self.lengths[index],
+            segment_lengths=self.segment_lengths[segment],
+            segments=self.segments[index],
+            positions=self.positions[label],
+            labels=self.labels[label],
+            selected=self.selected[index],
+        )
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        """Rows ``start:stop`` as views."""
+        t, g, m = (slice(int(c[:start].sum()), int(c[:stop].sum())) for c in (self.lengths, self.segments, self.selected))
+        return Rows(
+            ids=self.ids[t],
+            lengths=self.lengths[start:stop],
+            segment_lengths=self.segment_lengths[g],
+            segments=self.segments[start:stop],
+            positions=self.positions[m],
+            labels=self.labels[m],
+            selected=self.selected[start:stop],
+        )
+
+    @staticmethod
+    def concat(parts: Sequence["Rows"]) -> "Rows":
+        """The rows of all parts (at least one), in order."""
+        return Rows(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)})
+
+    @staticmethod
+    def empty(n: int, cls_id: int, sep_id: int, dtype: np.dtype) -> "Rows":
+        """n harmless rows: [CLS] [SEP] and no label."""
+        return Rows(
+            ids=np.tile(np.asarray([cls_id, sep_id], dtype), n),
+            lengths=np.full(n, 2, np.int32),
+            segment_lengths=np.full(n, 2, np.int32),
+            segments=np.ones(n, np.int32),
+            positions=np.zeros(0, np.int32),
+            labels=np.zeros(0, dtype),
+            selected=np.zeros(n, np.int32),
+        )
+
+    def collate(self, pad_id: int, multiple: int = 8) -> dict[str, torch.Tensor]:
+        """One micro-batch, padded to the longest row rounded up to ``multiple``.
+
+        Returns:
+            input_ids, position_ids, segment_ids: int64 [R, S] (segment 0 is padding, 1.. the row's segments; positions restart in each segment);
+            selected: int64 [M] indices into the flattened [R * S]; labels: int64 [M].
+        """
+        rows, width = len(self), -(-int(self.lengths.max()) // multiple) * multiple
+        row_of_token = np.repeat(np.arange(rows, dtype=np.int64), self.lengths)
+        flat = row_of_token * width + ranges(np.zeros(rows, np.int64), self.lengths)
+        input_ids = np.full(rows * width, pad_id, np.int64)
+        position_ids, segment_ids = np.zeros(rows * width, np.int64), np.zeros(rows * width, np.int64)
+        input_ids[flat] = self.ids
+        position_ids[flat] = ranges(np.zeros(len(self.segment_lengths), np.int64), self.segment_lengths)
+        segment_ids[flat] = np.repeat(ranges(np.ones(rows, np.int64), self.segments), self.segment_lengths)
+        selected = self.positions + width * np.repeat(np.arange(rows, dtype=np.int64), self.selected)
+        return {
+            "input_ids": torch.from_numpy(input_ids.reshape(rows, width)),
+            "position_ids": torch.from_numpy(position_ids.reshape(rows, width)),
+            "segment_ids": torch.from_numpy(segment_ids.reshape(rows, width)),
+            "selected": torch.from_numpy(selected.astype(np.int64)),
+            "labels": torch.from_numpy(self.labels.astype(np.int64)),
+        }

@@ -1,0 +1,166 @@
+"""Process groups: where this rank stands, the collectives of the model, and a second CPU group for decisions.
+
+Only the environment that every launcher agrees on is read (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`);
+turning SLURM's or a host list's variables into these is the launcher's work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mlm_dist.errors import UserError
+
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands in the job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_env(cls) -> Topology:
+        """Reads `RANK`, `WORLD_SIZE`, `LOCAL_RANK`; with none of them set this is a job of one process.
+
+        Raises UserError when only some are set, or when they are no numbers or contradict each other: guessing would start a
+        job whose ranks disagree about its size and hang.
+        """
+        given = {name: os.environ[name] for name in _LAUNCH_VARIABLES if os.environ.get(name)}
+        if not given:
+            return cls(rank=0, local_rank=0, world_size=1)
+        absent = [name for name in _LAUNCH_VARIABLES if name not in given]
+        if absent:
+            raise UserError(
+                f"environment: {', '.join(given)} is set but {', '.join(absent)} is not; "
+                "start with mlm-launch, deepspeed or torchrun, which set them all, or unset them for one process"
+            )
+        try:
+            rank, world_size, local_rank = (int(given[name]) for name in _LAUNCH_VARIABLES)
+        except ValueError:
+            raise UserError(f"environment: {', '.join(_LAUNCH_VARIABLES)} must be integers, got {given}") from None
+        if not (0 <= rank < world_size and 0 <= local_rank <= rank):
+            raise UserError(
+                f"environment: RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size} contradict each other; "
+                "right is 0 <= LOCAL_RANK <= RANK < WORLD_SIZE"
+            )
+        return cls(rank=rank, local_rank=local_rank, world_size=world_size)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this rank trains on."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+def init(timeout_s: float = 1800.0) -> Topology:
+    """Joins the job: the default process group (NCCL for CUDA tensors and gloo for CPU ones, or gloo alone) and DeepSpeed's.
+
+    Without a launcher it makes a group of one. `timeout_s` (seconds) bounds every collective. Call it once, before a model is built.
+    """
+    topology = Topology.from_env()
+    if topology.world_size == 1 and "RANK" not in os.environ:
+        # Port 0: the store listens where it likes, and nobody else has to find it.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if topology.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"environment: LOCAL_RANK={topology.local_rank}, but this host has {torch.cuda.device_count()} GPU(s); "
+                "start at most one rank for each GPU"
+            )
+        torch.cuda.set_device(topology.device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=topology.device if cuda else None,
+    )
+    _prepare_deepspeed(timeout_s)
+    return topology
+
+
+def _prepare_deepspeed(timeout_s: float) -> None:
+    """Imports DeepSpeed on top of the process group that exists, without its chatter and without anything that needs a compiler."""
+    # At WARNING it still tells, on every start, of an asynchronous I/O library that only NVMe offload would use.
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    import deepspeed
+    from deepspeed import comm
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On CPU the first init_distributed() would build this shared-memory operator with a C++ compiler (75 s; fails without one).
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
+    assert comm.is_initialized()
+
+
+class PendingSum:
+    """A sum under way (see ControlGroup.start)."""
+
+    def __init__(self, values: torch.Tensor, work: dist.Work | None) -> None:
+        self._values = values
+        self._work = work
+
+    def wait(self) -> list[int]:
+        """The sums over all ranks; blocks until they are there."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return [int(v) for v in self._values.tolist()]
+
+
+class ControlGroup:
+    """Decisions that all ranks must take alike: small collectives on host memory, in a gloo group of their own.
+
+    Being apart from the model's group they neither wait for the GPU nor come between its collectives. Every rank has to make the
+    same calls in the same order.
+    """
+
+    def __init__(self, timeout_s: float = 1800.0) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def start(self, values: list[int]) -> PendingSum:
+        """Begins an exact int64 sum of `values`, element by element, over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        return PendingSum(tensor, dist.all_reduce(tensor, group=self._group, async_op=True))
+
+    def sum(self, values: list[int]) -> list[int]:
+        """The exact int64 sum of `values`, element by element, over all ranks."""
+        return self.start(values).wait()
+
+    def gather(self, obj: Any) -> list[Any] | None:
+        """Every rank's (picklable) `obj` in rank order on rank 0; None on the others."""
+        parts: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(obj, parts, dst=0, group=self._group)
+        return parts
+
+    def broadcast(self, obj: Any) -> Any:
+        """Rank 0's (picklable) `obj` on every rank; what the others pass is not looked at."""
+        box = [obj if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        dist.barrier(group=self._group)
+
+
+def shutdown() -> None:
+    """Leaves the job. Safe to call when init() never ran or failed halfway."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,259 @@
+"""The training step under DeepSpeed ZeRO 0 to 3: the right loss, the right norm, a skipped step, and state by parameter name.
+
+What DeepSpeed does by itself, and what is done here because of it (0.19.8):
+
+- It divides each loss by a fixed number of accumulation steps and averages gradients over ranks, which is right only when every micro-batch on every
+  rank weighs the same. Here a micro-batch gives a *sum* of cross-entropies, scaled by W / N (W ranks, N selected tokens in the
+  global batch) so that the average over ranks is the gradient of the mean over all selected tokens; DeepSpeed divides by nothing.
+- Which micro-batch is the last of a step is told to it each time, so their number may change from step to step.
+- It skips a step with a non-finite norm at stages 1 to 3, and at stage 0 in fp32 or under autocast neither checks nor reports a norm: done here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mlm_dist.errors import UserError
+from mlm_dist.optim import STATE_KEYS, OptimConfig, build_adamw, param_groups
+
+MicroBatch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave on this rank. Nothing here has been reduced over ranks, and the tensors have not been waited for."""
+
+    loss_sum: Tensor
+    """Sum of cross-entropies over this rank's selected tokens; fp64 scalar on the engine's device."""
+    correct: Tensor
+    """How many of them were predicted right; int64 scalar on the engine's device."""
+    grad_norm: float | Tensor
+    """Global L2 norm of the gradient before clipping, the same on every rank; not finite when the step was skipped."""
+    skipped: bool
+    """A loss or gradient was not finite on some rank: weights, moments and Adam's step are as before, on every rank."""
+
+
+class Engine:
+    """One rank's part of a data-parallel model in training.
+
+    The module takes a micro-batch by keyword and returns (sum of losses: fp32 scalar with a graph, correct: int64 scalar). step(), evaluate(),
+    gather_*() and restore() are collective: every rank calls them in the same order with as many micro-batches.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ds_config: dict[str, Any],
+        optim: OptimConfig,
+        device: torch.device,
+        deterministic: bool = False,
+        prefix: str = "model.",
+    ) -> None:
+        """
+        Args:
+            module: fp32 weights, on any device. Rank 0's are broadcast to the others.
+            ds_config: from ds_config.merge().
+            optim: the optimizer's settings; the learning rate is given to each step().
+            device: where to train, as distributed.Topology.device.
+            deterministic: make CUDA give the same bits each time, at a price in speed. CPU does so anyway.
+            prefix: taken off the parameters' names.
+
+        Raises:
+            UserError: a setting of `optim` is not possible.
+        """
+        # DeepSpeed chooses its accelerator when it is first imported, so not before distributed.init() has settled that.
+        import deepspeed
+
+        from mlm_dist.zero_state import zero_state
+
+        optim.validate()
+        if deterministic and device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self.device = device
+        self.world_size = dist.get_world_size()
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        self._module = module.to(device)
+        # Names and shapes before DeepSpeed partitions the parameters; named_parameters() gives a tied one once.
+        self._parameters = {name.removeprefix(prefix): p for name, p in module.named_parameters() if p.requires_grad}
+        self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._optim_meta = _group_meta(module, optim, prefix)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._module,
+            optimizer=build_adamw(module, optim),
+            config=ds_config,
+            dist_init_required=False,
+        )
+        assert self._engine.zero_optimization_stage() == self.stage
+        self._state = zero_state(self._engine, self.stage)
+
+    # ---- training ----
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, selected_total: int, lr: float, seeds: Sequence[int]
+    ) -> StepResult:
+        """One optimizer step over the global batch of which `micro_batches` are this rank's part.
+
+        Args:
+            micro_batches: at least one, as many on every rank; their number may differ from step to step.
+            selected_total: N, the number of selected tokens in the global batch over all ranks; at least 1.
+            lr: learning rate of this step.
+            seeds: one for each micro-batch; torch's generators are seeded with it, which decides the dropout.
+
+        Raises:
+            ValueError: no micro-batch, another number of seeds, or N below 1 (such a batch is no step; skip it on all ranks).
+        """
+        if not micro_batches or len(seeds) != len(micro_batches):
+            raise ValueError(f"seeds: a step needs one for each micro-batch, got {len(seeds)} for {len(micro_batches)}")
+        if selected_total < 1:
+            raise ValueError(f"selected_total: {selected_total} selected tokens have no mean; skip the batch")
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if not self._module.training:
+            self._module.train()
+        scale = self.world_size / selected_total
+        losses: list[Tensor] = []
+        corrects: list[Tensor] = []
+        for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            torch.manual_seed(seed)
+            loss, correct = self._engine(**self._on_device(micro_batch))
+            # An infinite loss can have finite gradients. Made NaN here, without waiting for the device, they reach every rank's norm.
+            weight = torch.where(torch.isfinite(loss.detach()), scale, math.nan)
+            self._engine.backward(loss * weight, scale_wrt_gas=False)
+            losses.append(loss.detach())
+            corrects.append(correct)
+        grad_norm, skipped = self._apply()
+        return StepResult(
+            loss_sum=torch.stack(losses).double().sum(),
+            correct=torch.stack(corrects).sum(),
+            grad_norm=grad_norm,
+            skipped=skipped,
+        )
+
+    def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Sum of cross-entropies (fp32 scalar) and number right (int64 scalar) of this rank's micro-batch, without dropout.
+
+        At stage 3 every rank must call it equally often.
+        """
+        if self._module.training:
+            self._module.eval()
+        with torch.no_grad():
+            loss, correct = self._engine(**self._on_device(micro_batch))
+        return loss, correct
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the module and frees its buffers. The engine is not to be used afterwards."""
+        self._engine.destroy()
+
+    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}
+
+    def _apply(self) -> tuple[float | Tensor, bool]:
+        """Steps the optimizer unless the gradient is not finite; (norm before clipping, skipped)."""
+        if self.stage > 0:
+            self._engine.step()
+            return self._engine.get_global_grad_norm(), bool(self._engine.optimizer.overflow)
+        # Gradients are reduced by now, so all ranks have the same bits and decide alike.
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if math.isfinite(norm):
+            self._engine.step()
+            return norm, False
+        self._engine.zero_grad()
+        return norm, True
+
+    # ---- state by name, for a checkpoint that knows neither the stage nor the number of ranks ----
+
+    def names(self) -> list[str]:
+        """Names of the trained parameters, tied ones once, in the module's order."""
+        return list(self._parameters)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Whole shape of each parameter by name."""
+        return dict(self._shapes)
+
+    def state_keys(self) -> list[str]:
+        """Keys of the tensors that the optimizer keeps for each parameter, of the parameter's shape."""
+        return list(STATE_KEYS)
+
+    def gather_parameter(self, name: str) -> Tensor:
+        """The whole fp32 weight, a copy on CPU, on every rank. Collective."""
+        return self._whole(name, None)
+
+    def gather_state(self, key: str, name: str) -> Tensor:
+        """The whole fp32 optimizer state `key` of a parameter, a copy on CPU, on every rank; zeros before the first step. Collective."""
+        if not self._state.started():
+            return torch.zeros(self._shapes[name])
+        return self._whole(name, key)
+
+    def optimizer_meta(self) -> dict[str, Any]:
+        """What else the optimizer knows, for JSON: its class, the steps applied, its groups by parameter name."""
+        return {"class": "AdamW", "step": self._state.step_count(), "groups": self._optim_meta}
+
+    def restore(
+        self,
+        read_parameter: Callable[[str], Tensor],
+        read_state: Callable[[str, str], Tensor],
+        meta: dict[str, Any],
+    ) -> None:
+        """Puts weights, moments and Adam's step back, into any stage and number of ranks. Collective.
+
+        Args:
+            read_parameter: gives a weight by name, as gather_parameter() gave it.
+            read_state: gives a state by key and name, as gather_state() gave it.
+            meta: what optimizer_meta() gave.
+
+        Raises:
+            UserError: another optimizer, other parameters or another shape than this engine's.
+        """
+        if meta["class"] != "AdamW":
+            raise UserError(f"checkpoint: its optimizer is {meta['class']!r}, this run's is 'AdamW'")
+        stored = {name for group in meta["groups"] for name in group["names"]}
+        if stored != self._parameters.keys():
+            odd = sorted(stored ^ self._parameters.keys())
+            raise UserError(f"checkpoint: it and the model differ in {len(odd)} parameter(s), such as {odd[0]!r}")
+        self._state.set_step(int(meta["step"]))
+        self._state.begin_write()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._state.write(parameter, None, self._checked(name, read_parameter(name)))
+                for key in STATE_KEYS:
+                    self._state.write(parameter, key, self._checked(name, read_state(key, name)))
+            self._state.finish_write()
+
+    def _whole(self, name: str, key: str | None) -> Tensor:
+        with torch.no_grad():
+            value = self._state.read(self._parameters[name], key)
+        return value.detach().to("cpu", torch.float32, copy=True).view(self._shapes[name])
+
+    def _checked(self, name: str, value: Tensor) -> Tensor:
+        if value.shape != self._shapes[name]:
+            raise UserError(
+                f"checkpoint: {name} has shape {tuple(value.shape)}, the model's is {tuple(self._shapes[name])}"
+            )
+        return value.to(torch.float32)
+
+
+def _group_meta(module: nn.Module, optim: OptimConfig, prefix: str) -> list[dict[str, Any]]:
+    """The parameter groups by name, for JSON."""
+    name_of = {id(p): name.removeprefix(prefix) for name, p in module.named_parameters()}
+    return [
+        {
+            "name": group["name"],
+            "names": [name_of[id(p)] for p in group["params"]],
+            "weight_decay": group["weight_decay"],
+            "betas": list(optim.betas),
+            "eps": optim.eps,
+        }
+        for group in param_groups(module, optim.weight_decay)
+    ]

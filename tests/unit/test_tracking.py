@@ -1,0 +1,383 @@
+"""Tracking, judged by what lies on the disk: our files, and the transaction logs that wandb itself wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlm_dist import wandb_mirror
+from mlm_dist.errors import UserError
+from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics, redact
+from mlm_dist.wandb_mirror import read_wandb_file, resolve_mode
+
+KEY = "0123456789" * 4
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+def train(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": 5.0 / (step + 1),
+        "lr": 1e-4,
+        "tokens_per_s": 10.0,
+        "skipped": False,
+    } | more
+
+
+def value_of(item: Any) -> Any:
+    return json.loads(item.value_json)
+
+
+def wandb_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """All history rows of all attempts, in the order of the attempts."""
+    rows = []
+    for path in sorted(run_dir.glob("wandb/attempt_*/wandb/*run-*/run-*.wandb")):
+        if path.parent.is_symlink():
+            continue
+        for record in read_wandb_file(path):
+            if record.WhichOneof("record_type") == "history":
+                rows.append({(i.key or i.nested_key[0]): value_of(i) for i in record.history.item})
+    return rows
+
+
+def wandb_runs(run_dir: Path) -> list[Any]:
+    paths = sorted(p for p in run_dir.glob("wandb/attempt_*/wandb/*run-*/run-*.wandb") if not p.parent.is_symlink())
+    return [r.run for p in paths for r in read_wandb_file(p) if r.WhichOneof("record_type") == "run"]
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def attempt_in_process(run_dir: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """Run ``body`` with a ``tracker(attempt)`` helper in a process of its own."""
+    head = f"""
+        import os, signal
+        from mlm_dist.tracking import TrackConfig, Tracker
+        def tracker(attempt, **kw):
+            return Tracker({str(run_dir)!r}, TrackConfig(wandb="offline"), {{}}, attempt=attempt, **kw)
+        def train(step):
+            return {{"kind": "train", "step": step, "loss": 5.0 / (step + 1)}}
+    """
+    code = textwrap.dedent(head) + textwrap.dedent(body)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+# The files
+
+
+def test_metrics_round_trip_to_the_bit(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=3, world_size=2)
+    loss = 0.1 + 0.2
+    tracker.log({"kind": "train", "step": 1, "loss": loss, "grad_norm": None, "perplexity": float("inf")})
+    tracker.log({"kind": "val", "step": 1, "loss": 1 / 3})
+    tracker.finish()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["kind"], first["step"], first["attempt"], first["world_size"]) == ("train", 1, 3, 2)
+    assert first["loss"] == loss and second["loss"] == 1 / 3
+    assert first["grad_norm"] is None and first["perplexity"] is None
+    assert abs(first["time"] - time.time()) < 60
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_tensors_and_arrays_are_written_as_numbers(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    lines = JsonLines(tmp_path / "x.jsonl")
+    lines.append(
+        {"a": torch.tensor(0.5), "b": np.float32(0.25), "c": np.int64(7), "d": [np.float64("nan")], "p": Path("q")}
+    )
+    with pytest.raises(TypeError, match="object"):
+        lines.append({"a": object()})
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {"a": 0.5, "b": 0.25, "c": 7, "d": [None], "p": "q"}
+
+
+def test_readers_keep_the_last_line_of_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [train(1), train(2), {"kind": "val", "step": 2, "loss": 9}, train(3), train(2, loss=0.5)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = read_metrics(path)
+    assert [(r["step"], r["kind"]) for r in records] == [(1, "train"), (2, "train"), (2, "val"), (3, "train")]
+    assert records[1]["loss"] == 0.5
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20, 40])
+def test_a_torn_last_line_is_passed_over_and_repaired(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole, torn = json.dumps(train(1)) + "\n", json.dumps(train(2))
+    path.write_text(whole + torn[:cut])
+    assert [r["step"] for r in read_metrics(path)] == [1]
+    tracker = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=2)
+    tracker.log(train(2))
+    tracker.finish()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+    assert [(e["kind"], e["bytes"], e["attempt"]) for e in events(tmp_path)] == [("torn_line", cut, 2)]
+
+
+def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(train(1)))
+    assert [r["step"] for r in read_metrics(path)] == [1]
+    tracker = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=2)
+    tracker.log(train(2))
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+
+
+def test_damage_within_the_file_stops_a_reader_but_not_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(train(1)) + "\n\0\0\0\n" + json.dumps(train(2)) + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
+        read_metrics(path)
+    Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=2).finish()
+    assert events(tmp_path)[0]["lines"] == [2]
+    with pytest.raises(UserError, match="no such file"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_a_replayed_step_with_another_loss_is_an_event_at_the_same_world_size_only(tmp_path: Path) -> None:
+    def attempt(number: int, world: int, loss: float) -> None:
+        tracker = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=number, world_size=world)
+        tracker.log(train(1, loss=loss))
+        tracker.finish()
+
+    attempt(1, 2, 0.5)
+    attempt(2, 2, 0.5)
+    attempt(3, 3, 0.6)
+    assert not events(tmp_path)
+    attempt(4, 3, 0.7)
+    (event,) = events(tmp_path)
+    assert (event["kind"], event["step"], event["loss_before"], event["loss_now"]) == ("replay_differs", 1, 0.6, 0.7)
+
+
+# The mode
+
+
+@pytest.mark.parametrize(
+    ("setting", "environ", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY}, "online"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_MODE": "online"}, "online"),
+        ("auto", {"WANDB_MODE": "nonsense"}, "offline"),
+        ("disabled", {"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}, "disabled"),
+        ("offline", {"WANDB_API_KEY": KEY}, "offline"),
+        ("online", {}, "online"),
+    ],
+)
+def test_mode(setting: str, environ: dict[str, str], mode: str, tmp_path: Path) -> None:
+    assert resolve_mode(setting, {"HOME": str(tmp_path)} | environ) == mode
+
+
+def test_a_netrc_entry_for_the_server_in_use_is_a_login(tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai\n login user\n password {KEY}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    home = {"HOME": str(tmp_path)}
+    assert resolve_mode("auto", home) == "online"
+    assert resolve_mode("auto", home | {"WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+    (tmp_path / ".netrc").write_text("machine broken !! \n")
+    assert resolve_mode("auto", home) == "offline"
+
+
+# W&B
+
+
+def test_wandb_holds_what_was_logged_with_our_axis(tmp_path: Path) -> None:
+    tracker = Tracker(
+        tmp_path, TrackConfig(wandb="offline"), {"optim": {"lr": 0.1}}, attempt=1, facts={"unigram_entropy": 6.5}
+    )
+    assert tracker.mode == "offline"
+    for step in (10, 20):
+        tracker.log(train(step))
+    tracker.log({"kind": "val", "step": 20, "loss": 2.0})
+    tracker.finish(0)
+    rows = wandb_rows(tmp_path)
+    assert [(r["global_step"], r.get("train/loss"), r.get("val/loss")) for r in rows] == [
+        (10, 5 / 11, None),
+        (20, 5 / 21, None),
+        (20, None, 2.0),
+    ]
+    assert rows[0]["perf/tokens_per_s"] == 10.0 and rows[0]["train/lr"] == 1e-4 and rows[0]["train/skipped"] == 0
+    (path,) = tmp_path.glob("wandb/attempt_0001/wandb/offline-run-*/run-*.wandb")
+    records = list(read_wandb_file(path))
+    axes = {r.metric.glob_name: r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"}
+    assert {axes["train/*"], axes["val/*"], axes["perf/*"]} == {"global_step"}
+    (run,) = wandb_runs(tmp_path)
+    assert run.run_id == tracker.wandb_id and run.project == "mlm_dist" and run.display_name == tmp_path.name
+    config = {u.key: json.loads(u.value_json) for u in run.config.update}
+    assert config["optim"] == {"lr": 0.1}
+    summary = {
+        (u.key or u.nested_key[0]): u.value_json
+        for r in records
+        if r.WhichOneof("record_type") == "summary"
+        for u in r.summary.update
+    }
+    assert json.loads(summary["unigram_entropy"]) == 6.5
+    assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [0]
+
+
+def test_killed_attempts_make_one_run_with_each_step_once(tmp_path: Path) -> None:
+    """SIGKILL loses rows of W&B's buffer; the next attempt replays some steps and sends what was lost."""
+    killed = """
+        t = tracker({attempt})
+        for step in range({first}, {last}):
+            t.log(train(step))
+            if step % 10 == 9:
+                t.log({{"kind": "val", "step": step, "loss": 1.0}})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert attempt_in_process(tmp_path, killed.format(attempt=1, first=0, last=30)).returncode == -signal.SIGKILL
+    assert len(wandb_rows(tmp_path)) < 33, "nothing was lost, so this test shows nothing"
+    assert attempt_in_process(tmp_path, killed.format(attempt=2, first=20, last=45)).returncode == -signal.SIGKILL
+    body = killed.format(attempt=3, first=40, last=60).replace("os.kill(os.getpid(), signal.SIGKILL)", "t.finish(0)")
+    done = attempt_in_process(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""  # wandb is silent
+    rows = wandb_rows(tmp_path)
+    assert sorted(r["global_step"] for r in rows if "train/loss" in r) == list(range(60))
+    assert [r["global_step"] for r in rows if "val/loss" in r] == [9, 19, 29, 39, 49, 59]
+    assert sorted(r["_step"] for r in rows) == list(range(66))
+    assert all(r["train/loss"] == 5.0 / (r["global_step"] + 1) for r in rows if "train/loss" in r)
+    assert len({run.run_id for run in wandb_runs(tmp_path)}) == 1
+    assert len(list((tmp_path / "wandb").glob("attempt_*"))) == 3
+
+
+def test_the_run_id_is_kept_and_a_given_one_wins(tmp_path: Path) -> None:
+    first = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=1)
+    second = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=2)
+    assert first.wandb_id == second.wandb_id
+    assert Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=3, wandb_id="abcd1234").wandb_id == "abcd1234"
+
+
+def test_rows_of_a_run_that_began_without_wandb_are_sent_later(tmp_path: Path) -> None:
+    first = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=1)
+    first.log(train(1, time=1234.5))
+    first.finish(1)
+    assert not wandb_rows(tmp_path)
+    second = Tracker(tmp_path, TrackConfig(wandb="offline"), {}, attempt=2)
+    second.log(train(2))
+    second.finish(0)
+    rows = wandb_rows(tmp_path)
+    assert [r["global_step"] for r in rows] == [1, 2] and rows[0]["_timestamp"] == 1234.5
+
+
+def test_an_unreachable_server_means_offline_and_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_mirror, "_INIT_TIMEOUT", 3.0)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    tracker = Tracker(tmp_path, TrackConfig(), {}, attempt=1)
+    assert tracker.mode == "offline"
+    tracker.log(train(1))
+    tracker.finish(0)
+    assert [r["global_step"] for r in wandb_rows(tmp_path)] == [1]
+    (event,) = events(tmp_path)
+    assert event["kind"] == "wandb" and "cannot be reached" in event["message"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_frozen_service_costs_one_warning(tmp_path: Path, number: int) -> None:
+    body = f"""
+        t = tracker(1)
+        t.log(train(0))
+        import wandb
+        os.kill(wandb.setup()._connection._proc._process.pid, {int(number)})
+        for step in range(1, 50):
+            t.log(train(step))
+        t.finish(0, timeout=2)
+        print("done")
+    """
+    start = time.monotonic()
+    done = attempt_in_process(tmp_path, body)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert time.monotonic() - start < 30
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 50
+    assert [e["kind"] for e in events(tmp_path)] == ["wandb"]
+    assert "Traceback" not in done.stderr
+    later = attempt_in_process(tmp_path, "tracker(2).finish(0)")
+    assert later.returncode == 0, later.stderr
+    assert sorted(r["global_step"] for r in wandb_rows(tmp_path)) == list(range(50))
+
+
+def test_an_unwritable_wandb_directory_costs_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "attempt_0001").write_text("in the way")
+    tracker = Tracker(tmp_path, TrackConfig(wandb="offline"), {}, attempt=1)
+    tracker.log(train(1))
+    tracker.finish(0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert [e["kind"] for e in events(tmp_path)] == ["wandb"]
+
+
+def test_a_torn_wandb_file_is_read_up_to_the_tear(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, TrackConfig(wandb="offline"), {}, attempt=1)
+    for step in range(600):  # more than one 32 KiB block
+        tracker.log(train(step))
+    tracker.finish(0)
+    (path,) = tmp_path.glob("wandb/attempt_0001/wandb/offline-run-*/run-*.wandb")
+    whole = path.read_bytes()
+    assert len(whole) > 3 * 32768
+    assert len(wandb_rows(tmp_path)) == 600
+    path.write_bytes(whole[: len(whole) // 2])
+    rows = wandb_rows(tmp_path)
+    assert 0 < len(rows) < 600 and [r["global_step"] for r in rows] == list(range(len(rows)))
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    path.write_bytes(flipped)
+    assert 0 < len(wandb_rows(tmp_path)) < 600
+
+
+# Secrets
+
+
+def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+    config = {
+        "data": {"manifest": "https://me:pw@host/m.json?X-Amz-Signature=abc&part=1", "tokenizer": "bert-base-uncased"},
+        "cloud": {"api_key": "k", "password": "p", "hf_token": "t", "secret": None, "args": ["--x=hunter2hunter2"]},
+        "train": {"tokens": 12, "mask_token": "[MASK]"},
+    }
+    assert redact(config) == {
+        "data": {"manifest": "https://***@host/m.json?X-Amz-Signature=***&part=1", "tokenizer": "bert-base-uncased"},
+        "cloud": {"api_key": "***", "password": "***", "hf_token": "***", "secret": None, "args": ["--x=***"]},
+        "train": {"tokens": 12, "mask_token": "[MASK]"},
+    }
+
+
+def test_no_secret_reaches_what_wandb_writes(tmp_path: Path) -> None:
+    secret = "s3cr3t-value-zz"
+    code = f"""
+        import sys
+        from mlm_dist.tracking import TrackConfig, Tracker
+        t = Tracker({str(tmp_path)!r}, TrackConfig(wandb="offline"), {{"url": "https://u:{secret}@h/"}}, attempt=1)
+        t.log({{"kind": "train", "step": 1, "loss": 1.0}})
+        t.finish(0)
+    """
+    env = os.environ | {"HF_TOKEN": secret}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), f"--token={secret}"], env=env, check=True, timeout=120
+    )
+    assert done.returncode == 0
+    files = [p for p in (tmp_path / "wandb").rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in files)
+    assert not [p for p in files if secret.encode() in p.read_bytes()]
