@@ -47,6 +47,10 @@ class ProcessTree:
         self.reap()
         return self.code is None or (bool(self._descendants()) if self._linux else self._signal_group(0))
 
+    def holds(self, pid: int) -> bool:
+        """Whether `pid` is the command or was started by it (Linux; elsewhere always true)."""
+        return not self._linux or pid in self._descendants()
+
     def kill(self, timeout: float = 10.0) -> None:
         """SIGKILLs all of it; returns when it is gone, or after `timeout` seconds (a process stuck in the kernel)."""
         deadline = time.monotonic() + timeout

@@ -77,6 +77,13 @@ class RunDir:
                 continue
         return max(times, default=None)
 
+    def holder(self) -> int | None:
+        """The process that `lock` says holds the run; None when there is no lock."""
+        try:
+            return int(json.loads((self.path / "lock").read_text())["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
         """Asks the run to checkpoint and end, by a `stop_request` that is never seen half written.
 

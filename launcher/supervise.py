@@ -87,12 +87,15 @@ class Supervisor:
         self.show_all_ranks = show_all_ranks
         self._signals: list[int] = []
         self._reason: str | None = None  # of the stop asked for, if one was
+        self._requested = False  # whether the request lies in the run directory
         self._killed_by: int | None = None
 
     def supervise(self, command: Sequence[str], env: Mapping[str, str]) -> int:
         """Runs `command` and returns the exit code for the user's shell."""
         before = self.run.status_stamp()
-        log_sizes = {r: _size(log_path(self.run.logs, r)) for r in range(1, self.ranks)}
+        logs = [log_path(self.run.logs, r) for r in range(self.ranks)]
+        starts = [_size(p) for p in logs]
+        absent = [p for p in (*logs, self.run.logs, self.run.path) if not p.exists()]
         reports_dir = Path(tempfile.mkdtemp(prefix="mlm-launch-"))
         env = {**env, REPORT_DIR: str(reports_dir)}
         if not self.show_all_ranks:
@@ -107,13 +110,16 @@ class Supervisor:
             reports = read_reports(reports_dir)
         finally:
             shutil.rmtree(reports_dir, ignore_errors=True)
-            if self._reason is not None:
+            if self._requested:
                 self.run.stop_request.unlink(missing_ok=True)  # else the next start would stop at once
         state = self.run.status() if self.run.status_stamp() != before else None
         end = Ending(reports, self.ranks, tree.code, state.state if state else None, self._killed_by)
         code = exit_code(end)
-        self._tell(end, code, log_sizes)
-        self._tidy_logs(code, log_sizes)
+        output = {
+            r.rank: _tail(logs[r.rank], starts[r.rank]) for r in end.reports if r.rank and r.code not in (0, STOPPED)
+        }
+        self._tell(end, code, output)
+        _tidy(absent, refused=code == 2)
         return code
 
     @contextlib.contextmanager
@@ -140,7 +146,7 @@ class Supervisor:
             now = time.monotonic()
             if self._signals and self._reason is None:
                 name = signal.Signals(self._signals[0]).name
-                stop_deadline = self._ask_to_stop(f"mlm-launch received {name}", "once more to kill it")
+                stop_deadline = self._ask_to_stop(tree, f"mlm-launch received {name}", "once more to kill it")
             if len(self._signals) > 1:
                 say("killing what is left")
                 self._killed_by = self._signals[1]
@@ -155,54 +161,61 @@ class Supervisor:
                     linger_deadline = now + (LINGER_S / 10 if tree.code else LINGER_S)
                 elif self._reason is None:
                     # The ranks do not notice that the launcher above them is gone.
-                    stop_deadline = self._ask_to_stop("the deepspeed launcher died", "the ranks live on for now")
+                    stop_deadline = self._ask_to_stop(tree, "the deepspeed launcher died", "the ranks live on for now")
             if linger_deadline is not None and now > linger_deadline:
                 return
-            self._keep_request()
+            self._keep_request(tree)
             time.sleep(POLL_S)
 
-    def _ask_to_stop(self, reason: str, hint: str) -> float:
+    def _ask_to_stop(self, tree: ProcessTree, reason: str, hint: str) -> float:
         self._reason = reason
-        self._keep_request()
-        say(f"{reason}: asked the run to write a checkpoint and end ({self.run.stop_request}); {hint}")
+        self._keep_request(tree)
+        say(f"{reason}: asking the run to write a checkpoint and end ({self.run.stop_request}); {hint}")
         return time.monotonic() + self.grace
 
-    def _keep_request(self) -> None:
+    def _keep_request(self, tree: ProcessTree) -> None:
         """Writes the request, again if need be: a run just starting has no directory yet, or clears an old request."""
-        if self._reason is not None and not self.run.stop_request.exists():
+        if self._reason is None or self.run.stop_request.exists():
+            return
+        holder = self.run.holder()
+        if holder is None or tree.holds(
+            holder
+        ):  # else the directory is another start's, and ours is about to be refused
             with contextlib.suppress(OSError):
                 self.run.request_stop(self._reason)
+                self._requested = True
 
-    def _tell(self, end: Ending, code: int, log_sizes: Mapping[int, int]) -> None:
+    def _tell(self, end: Ending, code: int, output: Mapping[int, Sequence[str]]) -> None:
+        """Says how it ended; `output` is what failed ranks other than 0 wrote, which the user has not seen."""
         failure = end.first_failure
         if code == STOPPED:
             status = self.run.status() if end.state else None
             at = f" at step {status.step}" if status else ""
             say(f"stopped{at} with a checkpoint; start the same command again to go on")
         elif failure and code == failure.code:
+            if code == 2 and any(r.rank == 0 and r.code == 2 for r in end.reports):
+                return  # every rank finds the same mistake in what the user gave, and rank 0 has said so
+            # The rank that shows the traceback need not be the first to be gone.
+            traced = (r.rank for r in end.reports if any(x.startswith("Traceback ") for x in output.get(r.rank, ())))
+            for line in output.get(next(traced, failure.rank), ()):
+                with contextlib.suppress(OSError):
+                    print(line, file=sys.stderr)
             how = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"exit code {code}"
-            # All ranks find the same mistake in what the user gave; rank 0 has said so.
-            if failure.rank in log_sizes and not (code == 2 and any(r.rank == 0 and r.code == 2 for r in end.reports)):
-                path = log_path(self.run.logs, failure.rank)
-                for line in _tail(path, log_sizes[failure.rank]):
-                    with contextlib.suppress(OSError):
-                        print(line, file=sys.stderr)
-            if code != 2:
-                say(f"rank {failure.rank} failed first ({how}); the run is down")
+            say(f"rank {failure.rank} failed first ({how}); the run is down")
         elif failure:
             say(f"rank {failure.rank} ended with code {failure.code} after the run itself had ended well")
         elif code:
             say(f"the run ended with code {code}, its state being {end.state or 'unknown'}")
 
-    def _tidy_logs(self, code: int, log_sizes: Mapping[int, int]) -> None:
-        """Removes logs that say nothing, and those of a run that was refused, with the directories made for them."""
-        for rank, size in log_sizes.items():
-            path = log_path(self.run.logs, rank)
-            if _size(path) == 0 or (code == 2 and size == 0):
-                path.unlink(missing_ok=True)
-        for directory in (self.run.logs, self.run.path):
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+
+def _tidy(made: Sequence[Path], *, refused: bool) -> None:
+    """Of the paths made by this job removes empty logs, or all logs if it was refused, then empty directories."""
+    for path in made:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            elif refused or _size(path) == 0:
+                path.unlink()
 
 
 def _size(path: Path) -> int:

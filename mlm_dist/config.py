@@ -96,8 +96,7 @@ class Config:
             check = getattr(getattr(self, section.name), "check", None)
             if check:
                 check()
-        if self.train.epochs is not None and self.optim.warmup >= 1:
-            raise UserError(f"optim.warmup: {self.optim.warmup} steps with train.epochs: with epochs, give the warm-up as a fraction of the run below 1.")
+        self.optim.validate()
 
     def flat(self) -> dict[str, Any]:
         """``{"section.key": value}`` in plain types (tuples become lists)."""

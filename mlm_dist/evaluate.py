@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from mlm_dist.data.stream import Stream
@@ -32,29 +34,47 @@ class EvalConfig:
             raise UserError(f"eval.batch: {self.batch} must be at least 1.")
 
 
+class Control(Protocol):
+    """The part of ``distributed.ControlGroup`` that is used here."""
+
+    def sum(self, values: list[int]) -> list[int]: ...
+
+    def gather(self, obj: Any) -> list[Any] | None: ...
+
+
 def validate(
-    stream: Stream,
-    forward: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
-    total: Callable[[list[int]], list[int]],
-    total_float: Callable[[float], float],
+    stream: Stream, forward: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]], control: Control
 ) -> dict[str, float]:
-    """Loss (nats per selected token), perplexity and accuracy over ``stream``, one epoch. Collective: every rank calls it.
+    """Measure one epoch of ``stream``. Collective: every rank calls it; rank 0 gets the numbers, the others an empty dict.
 
     Args:
         forward: micro-batch -> (sum of cross-entropies, number right), called equally often on all ranks.
-        total: sums integers over the ranks, exactly.
-        total_float: sums one float64 over the ranks.
+
+    Returns:
+        loss in nats per selected token, perplexity, accuracy, selected tokens, and unigram_entropy: the entropy in nats of the selected tokens' own
+        distribution, which no predictor that ignores the context can beat on them.
     """
-    loss, right, selected = 0.0, 0, 0
+    loss, right = 0.0, 0
+    counts = np.zeros(stream.maker.tokenizer.vocab_size, np.int64)
     for batch in stream.batches():
-        if not total([int(batch.live.any())])[0]:
+        if not control.sum([int(batch.live.sum())])[0]:
             break
         for micro in stream.collate(batch):
             part_loss, part_right = forward(micro)
             loss, right = loss + float(part_loss.double()), right + int(part_right)
-        selected += batch.selected
-    right, selected = total([right, selected])
-    mean = total_float(loss) / max(1, selected)
-    return {"loss": mean, "perplexity": math.exp(min(mean, 80.0)), "accuracy": right / max(1, selected), "selected": selected}
-
-
+        counts += np.bincount(batch.rows.labels, minlength=len(counts))
+    right = control.sum([right])[0]
+    counts = np.asarray(control.sum(counts.tolist()))
+    losses = control.gather(loss)
+    if losses is None:
+        return {}
+    selected = int(counts.sum())
+    mean = math.fsum(losses) / max(1, selected)
+    shares = counts[counts > 0] / max(1, selected)
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 80.0)),
+        "accuracy": right / max(1, selected),
+        "selected": selected,
+        "unigram_entropy": float(-(shares * np.log(shares)).sum()),
+    }

@@ -74,6 +74,7 @@ class RunDir:
         self.path = path
         self.attempt = 0
         self.died: dict[str, Any] | None = None
+        self.last_status: dict[str, Any] | None = None
         self._held = False
 
     def prepare(self) -> None:
@@ -88,7 +89,7 @@ class RunDir:
             raise UserError(f"run.dir: {str(self.path)!r} cannot be written ({error.strerror}). Give a directory that you may write as --run.dir.") from error
 
     def acquire(self) -> None:
-        """Take the lock; sets ``attempt``, and ``died`` to the stale lock that was taken over, if one was.
+        """Take the lock; sets ``attempt``, ``last_status`` to what the attempt before left, and ``died`` to the stale lock that was taken over, if one was.
 
         Raises:
             UserError: another start of this run is alive.
@@ -106,7 +107,8 @@ class RunDir:
             with contextlib.suppress(FileNotFoundError):  # of two that take over at once, one renames
                 lock.rename(self.path / f".lock-died-{os.getpid()}")
                 (self.path / f".lock-died-{os.getpid()}").unlink()
-        previous = (read_json(self.path / "status.json") or {}).get("attempt", 0)
+        self.last_status = read_json(self.path / "status.json")
+        previous = (self.last_status or {}).get("attempt", 0)
         self.attempt = max(previous, (old or {}).get("attempt", 0)) + 1
         content = {
             "attempt": self.attempt,

@@ -2,8 +2,6 @@
 W&B.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -36,6 +34,13 @@ class TrackConfig:
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
     every: int = 10
     project: str = "mlm_dist"
+
+    def check(self) -> None:
+        """Raises UserError for values that no run can have."""
+        if self.every < 1:
+            raise UserError(f"track.every: {self.every} must be at least 1 step.")
+        if not self.project:
+            raise UserError("track.project: '' must name a W&B project, such as mlm_dist.")
 
 
 class JsonLines:

@@ -9,8 +9,6 @@ All calls of wandb run in one thread behind a queue: an outage, a full disk or a
 steps.
 """
 
-from __future__ import annotations
-
 import contextlib
 import netrc
 import os
@@ -224,7 +222,8 @@ class Mirror:
             if self.mode != "online":
                 raise
             self._warn(f"W&B cannot be reached, so this attempt is tracked offline ({_line(error)})")
-            wandb.teardown()  # the service still holds the run's id
+            with contextlib.suppress(SystemExit):  # it exits with the service's code
+                wandb.teardown()  # the service still holds the run's id
             self.mode = "offline"
             return self._init(wandb)
 
@@ -275,5 +274,5 @@ def _drop_service() -> None:
 
     with contextlib.suppress(Exception):
         wandb.setup()._connection._proc._process.kill()
-    with contextlib.suppress(Exception, SystemExit):  # it exits with the service's code
+    with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()

@@ -46,8 +46,8 @@ class IndexedShard:
 def index_tar(path: Path, name: str, field: str, block_size: int) -> IndexedShard:
     """Read a whole archive: every member's place, every document, the checksums.
 
-    A block ends before the member that would make it longer than `block_size`; a longer member is a block alone. Members
-    that hold no text are in no block, or in one because text members lie around them.
+    A block ends before the member that would make it longer than `block_size`; a longer member is a block alone.
+    Members that hold no text are in no block, or in one because text members lie around them.
 
     Args:
         path: The archive.
@@ -104,7 +104,8 @@ def index_tar(path: Path, name: str, field: str, block_size: int) -> IndexedShar
 
 
 def auto_block_size(total: int) -> int:
-    """A block size for a corpus of `total` bytes: a power of two from 4 KiB to 1 MiB that gives 1024 blocks if any does."""
+    """A block size for a corpus of `total` bytes: the power of two, 4 KiB to 1 MiB, that comes nearest to 1024 blocks
+    from above."""
     wanted = max(total // WANTED_BLOCKS, 1)
     return min(max(1 << (wanted.bit_length() - 1), MIN_BLOCK), MAX_BLOCK)
 
@@ -148,8 +149,8 @@ def index(
     causes = [cause for shard in found for cause in shard.causes][:MAX_CAUSES]
     if not any(shard.shard.documents.any() for shard in found):
         raise UserError(
-            f"no document in {len(paths)} archives: members must be .txt, .json or .jsonl (also .gz, .zst) and JSON must "
-            f"have the field {field!r} (--field)" + "".join(f"\n  {cause}" for cause in causes[:3])
+            f"no document in {len(paths)} archives: members must be .txt, .json or .jsonl (also .gz, .zst) and JSON "
+            f"must have the field {field!r} (--field)" + "".join(f"\n  {cause}" for cause in causes[:3])
         )
     info = {
         "tool": "mlm-dist index",
@@ -198,8 +199,8 @@ def _name_below(path: Path, root: Path) -> str:
         if below.is_relative_to(root):
             return below.relative_to(root).as_posix()
     raise UserError(
-        f"the archive {path} lies outside {root}, the manifest's directory: choose an --output in a directory above all "
-        "archives, or link them into it"
+        f"the archive {path} lies outside {root}, the manifest's directory: choose an --output in a directory above "
+        "all archives, or link them into it"
     )
 
 

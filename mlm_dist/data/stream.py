@@ -13,9 +13,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mlm_dist.data.block import BlockMaker, DataFault
+from mlm_dist.data.manifest import Manifest
+from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.order import Order, default_lanes
 from mlm_dist.data.packing import LongDocuments, Packing
 from mlm_dist.data.rows import Rows
+from mlm_dist.data.tokenizer import TextTokenizer
 from mlm_dist.errors import UserError
 
 # Rows that one message from a worker holds, about: enough to make the hand-over cheap, few enough for an early first batch.
@@ -368,3 +371,41 @@ class Stream:
 
 def _as_is(chunk: Chunk) -> Chunk:
     return chunk
+
+
+def open_stream(
+    data: DataConfig,
+    mask: MaskConfig,
+    manifest: Manifest,
+    tokenizer: TextTokenizer,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    epochs: int | None,
+    validation: bool = False,
+) -> Stream:
+    """The stream of one manifest under the ``data`` and ``mask`` sections; for ``validation`` in natural order, with lanes of its own."""
+    maker = BlockMaker(
+        manifest=manifest,
+        tokenizer=tokenizer,
+        seq_len=data.seq_len,
+        packing=data.packing,
+        long_documents=data.long_documents,
+        mask=mask,
+        seed=seed,
+        shuffle=not validation,
+        text_field=data.text_field,
+    )
+    return Stream(
+        maker,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        workers=data.workers,
+        epochs=epochs,
+        lanes=None if validation else data.lanes,
+    )

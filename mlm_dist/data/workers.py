@@ -85,7 +85,7 @@ class WorkerPool:
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, most likely for lack of memory: try fewer --workers or a smaller --shard-size"
+                "a worker process was killed, most likely for lack of memory: try fewer --workers"
             ) from error
 
 

@@ -52,8 +52,9 @@ def test_deepspeed_parses_the_command_as_meant() -> None:
     args = ["--config", "a b.yaml", "--module", "--num_gpus", "9", "--", "-x"]
     command = deepspeed_command(CPU, "some.program", args, python=sys.executable)
     code = (
-        "import json, sys; from deepspeed.launcher.runner import parse_args, fetch_hostfile; a = parse_args(sys.argv[1:]);"
-        "print(json.dumps([fetch_hostfile(a.hostfile), a.num_gpus, a.module, a.no_local_rank, a.user_script, a.user_args]))"
+        "import json, sys; from deepspeed.launcher import runner; a = runner.parse_args(sys.argv[1:]);"
+        "hosts = runner.fetch_hostfile(a.hostfile);"
+        "print(json.dumps([hosts, a.num_gpus, a.module, a.no_local_rank, a.user_script, a.user_args]))"
     )
     env = {**os.environ, "DS_ACCELERATOR": "cpu"}
     result = subprocess.run([sys.executable, "-c", code, *command[3:]], env=env, capture_output=True, text=True)

@@ -162,3 +162,14 @@ def test_ranks_that_lose_their_launcher_are_stopped(launch, depth: int) -> None:
     code, output = job.end()
     assert code == 75, output
     assert "the deepspeed launcher died" in output
+
+
+def test_signal_to_a_second_start_leaves_the_first_alone(launch, tmp_path: Path) -> None:
+    """The run directory is held by a living process that this launch did not start."""
+    job = launch("deaf", "--grace", "1")
+    job.run.mkdir(parents=True)
+    (job.run / "lock").write_text(json.dumps({"pid": os.getpid()}))
+    job.wait_for("ready")
+    job.process.terminate()
+    assert job.end(timeout=30)[0] == 143
+    assert {p.name for p in job.run.iterdir()} == {"lock"}

@@ -283,16 +283,22 @@ def test_rows_of_a_run_that_began_without_wandb_are_sent_later(tmp_path: Path) -
 
 
 def test_an_unreachable_server_means_offline_and_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_mirror, "_INIT_TIMEOUT", 3.0)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    tracker = Tracker(tmp_path, TrackConfig(), {}, attempt=1)
-    assert tracker.mode == "offline"
-    tracker.log(train(1))
-    tracker.finish(0)
+    body = f"""
+        from mlm_dist import wandb_mirror
+        wandb_mirror._INIT_TIMEOUT = 3.0
+        t = Tracker({str(tmp_path)!r}, TrackConfig(), {{}}, attempt=1)
+        t.log(train(1))
+        t.finish(0)
+    """
+    done = attempt_in_process(tmp_path, body)
+    assert done.returncode == 0, done.stderr
     assert [r["global_step"] for r in wandb_rows(tmp_path)] == [1]
     (event,) = events(tmp_path)
     assert event["kind"] == "wandb" and "cannot be reached" in event["message"]
+    assert KEY not in (tmp_path / "events.jsonl").read_text()
+    assert len(done.stderr.splitlines()) == 1 and "cannot be reached" in done.stderr  # our warning, and no word of wandb
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

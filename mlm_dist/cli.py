@@ -1,0 +1,62 @@
+"""``mlm-dist``: the commands. Each is a module that offers ``add_arguments(parser)`` and ``run(args)``."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mlm_dist import __version__
+from mlm_dist.errors import UserError
+
+# Command -> (module, help). Modules are imported only when their command is asked for: some take seconds.
+COMMANDS = {
+    "prepare": ("mlm_dist.data.prepare", "text files to shuffled shards, manifest and validation split"),
+    "index": ("mlm_dist.data.index", "manifest for tars that were made elsewhere"),
+    "tokenizer": ("mlm_dist.data.train_tokenizer", "train a WordPiece vocabulary"),
+    "data": ("mlm_dist.data.inspect", "hash: digest of every global batch; show: rows decoded"),
+    "train": ("mlm_dist.train", "train as one rank (mlm-launch starts several)"),
+    "export": ("mlm_dist.export", "stock BERT weights, tokenizer and model card"),
+    "fill-mask": ("mlm_dist.fill_mask", "fill [MASK] in sentences"),
+    "report": ("mlm_dist.report", "picture and page of a run"),
+}
+# These take run-config flags (--train.steps 10) besides their own.
+WITH_OVERRIDES = ("data",)
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlm-dist", description="Distributed masked-language-model training.")
+    parser.add_argument("--version", action="version", version=f"mlm-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text, add_help=name != "train")
+        if name == wanted and name != "train":
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A UserError is printed as one message and gives 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        return int(importlib.import_module("mlm_dist.train").main(words[1:]))
+    try:
+        parser = _parser(words)
+        args, rest = parser.parse_known_args(words)
+        module = importlib.import_module(COMMANDS[args.command][0])
+        if args.command in WITH_OVERRIDES:
+            return int(module.run(args, rest))
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return int(module.run(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What rank 0 shows while a run goes on: a bar on a terminal, plain lines in a log file."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunConsole:
+    """Progress of one attempt; as a context it owns the bar.
+
+    Args:
+        steps: steps of the whole run, or None when it is counted in epochs.
+        enabled: False on all ranks but 0: shows nothing.
+    """
+
+    def __init__(self, steps: int | None, enabled: bool):
+        self.steps, self.enabled = steps, enabled
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._started, self._progress_at_start = time.monotonic(), 0.0
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        if self.enabled and self.console.is_terminal:
+            columns = (
+                TextColumn("epoch {task.fields[epoch]:.2f}  step {task.fields[step]}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=1.0, epoch=0.0, step=0, loss=float("nan"), rate=0.0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        if self.enabled:
+            self.console.print(message, markup=False)
+            sys.stderr.flush()
+
+    def begin(self, progress: float) -> None:
+        """The attempt starts at this share of the run."""
+        self._progress_at_start, self._started = progress, time.monotonic()
+
+    def train(self, step: int, epoch: float, progress: float, loss: float, rate: float, lr: float) -> None:
+        """Show a logging step. ``rate`` is useful tokens per second over all ranks."""
+        if self._bar:
+            self._bar.update(self._task, completed=progress, epoch=epoch, step=step, loss=loss, rate=rate)
+            return
+        done = progress - self._progress_at_start
+        left = (time.monotonic() - self._started) * (1 - progress) / done if done > 0 else 0.0
+        of = f"/{self.steps}" if self.steps else ""
+        minutes, seconds = divmod(round(left), 60)
+        self.say(f"epoch {epoch:6.2f}  step {step}{of}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  left {minutes}:{seconds:02d}")

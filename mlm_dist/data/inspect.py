@@ -1,0 +1,134 @@
+"""``mlm-dist data hash`` and ``mlm-dist data show``: check the claim, look at the rows."""
+
+import argparse
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from mlm_dist.data.rows import Rows
+from mlm_dist.data.stream import Stream
+from mlm_dist.data.tokenizer import TextTokenizer
+from mlm_dist.errors import UserError
+
+ESCAPES = {"mask": "\033[7m", "label": "\033[1;33m", "dim": "\033[2m", "end": "\033[0m"}
+
+
+def global_rows(streams: list[Stream], start: int, stop: int) -> Iterator[tuple[int, Rows]]:
+    """(step, its live rows in order) of steps ``start`` to ``stop - 1``, put together from the streams of all ranks; ends early at the data's end.
+
+    Every stream begins at step 0 and is read on to ``start``: a step's rows are known only to who has read what comes before in their lanes.
+    """
+    iterators = [stream.batches() for stream in streams]
+    for step in range(stop):
+        batches = [next(it) for it in iterators]
+        live = np.concatenate([b.live for b in batches])
+        if not live.any():
+            return
+        if step >= start:
+            order = np.argsort(np.concatenate([b.index for b in batches]))
+            yield step, Rows.concat([b.rows for b in batches]).take(order[live[order]])
+
+
+def digests(rows: Rows) -> tuple[str, str]:
+    """SHA-256 hex of (the token ids and how they lie in rows and segments, the labels and their places). Widths of integers do not enter."""
+
+    def digest(*parts: np.ndarray) -> str:
+        h = hashlib.sha256()
+        for part in parts:
+            h.update(part.astype("<u4").tobytes())
+            h.update(b"|")
+        return h.hexdigest()
+
+    return digest(rows.lengths, rows.segments, rows.segment_lengths, rows.ids), digest(rows.selected, rows.positions, rows.labels)
+
+
+def render(rows: Rows, row: int, tokenizer: TextTokenizer, colour: bool) -> list[str]:
+    """One row as lines of text, a line a segment. A labelled place reads ``seen{truth}``; on a terminal it stands out."""
+    one = rows.slice(row, row + 1)
+    truth = dict(zip(one.positions.tolist(), one.labels.tolist(), strict=True))
+    lines, place = [], 0
+    for length in one.segment_lengths.tolist():
+        words = []
+        for i in range(place, place + length):
+            seen = tokenizer.decode_token(int(one.ids[i]))
+            if i in truth:
+                word = f"{seen}{{{tokenizer.decode_token(truth[i])}}}"
+                words.append(f"{ESCAPES['label']}{word}{ESCAPES['end']}" if colour else word)
+            else:
+                words.append(f"{ESCAPES['dim']}{seen}{ESCAPES['end']}" if colour and i in (place, place + length - 1) else seen)
+        lines.append(" ".join(words))
+        place += length
+    return lines
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """``A:B`` or ``K`` as a half-open range of steps. Raises UserError."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    start, stop = (int(match[1]), int(match[2]) if match[2] else int(match[1]) + 1) if match else (0, 0)
+    if start >= stop:
+        raise UserError(f"--steps: {text!r} is not a range of steps; write A:B with A < B (B is not included), or one step.")
+    return start, stop
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``mlm-dist data``; what they do not know goes to the run config (``--data.seq_len 64``)."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="hash|show")
+    hash_parser = commands.add_parser("hash", help="digest of the token ids and of the labels of every global step")
+    hash_parser.add_argument("--world-size", type=int, default=1, help="ranks to read as (default 1)")
+    hash_parser.add_argument("--workers", type=int, default=0, help="loader workers of each rank (default 0)")
+    hash_parser.add_argument("--steps", default="0:10", metavar="A:B", help="steps A to B-1 (default 0:10)")
+    show = commands.add_parser("show", help="some rows decoded: masks marked, segments one a line")
+    show.add_argument("--step", type=int, default=0, help="global step (default 0)")
+    show.add_argument("--rows", type=int, default=4, help="how many rows of it (default 4)")
+    for sub in (hash_parser, show):
+        sub.add_argument("--config", required=True, help="run config; any of its keys can follow as a flag")
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Run ``mlm-dist data``; ``overrides`` are the run-config flags."""
+    import sys
+
+    from mlm_dist.config import load as load_config
+    from mlm_dist.data.manifest import Manifest
+    from mlm_dist.data.stream import open_stream
+    from mlm_dist.data.tokenizer import load as load_tokenizer
+
+    config = load_config(["--config", args.config, *overrides], prog=f"mlm-dist data {args.data_command}").config
+    world_size, workers = (args.world_size, args.workers) if args.data_command == "hash" else (1, 0)
+    if world_size < 1 or workers < 0:
+        raise UserError(f"--world-size: {world_size} must be at least 1 and --workers: {workers} at least 0.")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    manifest = Manifest.read(config.data.manifest)
+    streams = [
+        open_stream(
+            replace(config.data, workers=workers),
+            config.mask,
+            manifest,
+            tokenizer,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=rank,
+            world_size=world_size,
+            epochs=config.train.epochs,
+        )
+        for rank in range(world_size)
+    ]
+    if args.data_command == "hash":
+        start, stop = parse_steps(args.steps)
+        total = hashlib.sha256()
+        for step, rows in global_rows(streams, start, stop):
+            ids, labels = digests(rows)
+            total.update(f"{step} {ids} {labels}\n".encode())
+            print(f"step {step:>8}  rows {len(rows):>5}  ids {ids[:16]}  labels {labels[:16]}")
+        print(f"all {total.hexdigest()}")
+        return 0
+    for step, rows in global_rows(streams, args.step, args.step + 1):
+        for row in range(min(args.rows, len(rows))):
+            print(f"step {step} row {row}: {rows.lengths[row]} tokens, {rows.segments[row]} segments, {rows.selected[row]} labels")
+            for line in render(rows, row, tokenizer, colour=sys.stdout.isatty()):
+                print(f"  {line}")
+    return 0

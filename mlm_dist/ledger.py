@@ -1,0 +1,69 @@
+"""The ledger: the documents that a run goes on without. What it holds is part of what the training data is a function of."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+class DataLoss(Exception):
+    """More documents were lost to faults than ``data.max_bad_fraction`` allows; lists them."""
+
+
+def _key(fault: dict[str, Any]) -> tuple[Any, ...]:
+    return fault["epoch"], fault["block"], fault["whole"], fault["cause"]
+
+
+class Ledger:
+    """Rank 0's list of ``DataFault`` records, as dicts, in the order they were met."""
+
+    def __init__(self, faults: Iterable[dict[str, Any]] = ()):
+        self.faults: list[dict[str, Any]] = []
+        self._known: Counter[tuple[Any, ...]] = Counter()
+        self.add(faults)
+
+    @classmethod
+    def read(cls, events: Path) -> "Ledger":
+        """The ledger that a run's ``events.jsonl`` holds: every loss was written there before the step that went on without it."""
+        faults = []
+        for line in events.read_text().splitlines() if events.exists() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # a last line torn by a crash: its step was not taken
+                continue
+            if record.get("kind") == "data_loss":
+                faults.append({k: record[k] for k in ("epoch", "block", "shard", "offset", "whole", "documents", "cause")})
+        return cls(faults)
+
+    def add(self, faults: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add what is not yet in it; returns that. Two equal faults of one block in one report are two documents; a report met again on resume is none."""
+        report = list(faults)
+        new = []
+        met: Counter[tuple[Any, ...]] = Counter()
+        for fault in report:
+            key = _key(fault)
+            met[key] += 1
+            if met[key] > self._known[key]:
+                self._known[key] = met[key]
+                new.append(fault)
+        self.faults += new
+        return new
+
+    def lost_blocks(self) -> frozenset[tuple[int, int]]:
+        """(epoch, block) of blocks lost whole: a resumed run does not read them, whatever they hold now."""
+        return frozenset((f["epoch"], f["block"]) for f in self.faults if f["whole"])
+
+    def verdict(self, documents: int, max_bad_fraction: float) -> str:
+        """What is wrong when an epoch has lost more than ``max_bad_fraction`` of its ``documents``; empty when all is well."""
+        lost: Counter[int] = Counter()
+        for fault in self.faults:
+            lost[fault["epoch"]] += fault["documents"]
+        for epoch, count in lost.items():
+            if count > max_bad_fraction * documents:
+                listing = [f"  {f['shard']} at byte {f['offset']}: {f['documents']} document(s), {f['cause']}" for f in self.faults if f["epoch"] == epoch]
+                shown = listing[:50] + ([f"  and {len(listing) - 50} more in events.jsonl"] if len(listing) > 50 else [])
+                return (
+                    f"{count} of {documents} documents of epoch {epoch} are lost, more than data.max_bad_fraction {max_bad_fraction} allows:\n" + "\n".join(shown)
+                )
+        return ""

@@ -1,0 +1,525 @@
+"""``mlm-dist train``: one rank of a training run, from the command line to its exit code. The parts meet here and nowhere else."""
+
+import json
+import math
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlm_dist import checkpoint, distributed, ds_config, evaluate
+from mlm_dist.config import Config, Invocation, load
+from mlm_dist.console import RunConsole
+from mlm_dist.data import tokenizer as tokenizers
+from mlm_dist.data.manifest import Manifest
+from mlm_dist.data.masking import MaskConfig
+from mlm_dist.data.rng import keyed_seed
+from mlm_dist.data.stream import Batch, Stream, open_stream
+from mlm_dist.engine import Engine
+from mlm_dist.errors import UserError
+from mlm_dist.ledger import DataLoss, Ledger
+from mlm_dist.lifecycle import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR, RunDir, StopFlag, Watcher, environment, stop_signals, write_json
+from mlm_dist.model import bert
+from mlm_dist.model.head import MaskedLM
+from mlm_dist.optim import lr_factor
+from mlm_dist.tracking import Tracker, read_metrics
+
+# Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
+OTHERS_WAIT_S = 5.0
+
+
+class Inputs:
+    """Everything that the config names, opened and checked against each other; nothing expensive.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit.
+    """
+
+    def __init__(self, config: Config, world_size: int):
+        if config.train.global_batch < world_size:
+            raise UserError(
+                f"train.global_batch: {config.train.global_batch} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
+            )
+        self.template = ds_config.load_template(config.deepspeed.config)
+        self.ds_config = ds_config.merge(self.template, precision=config.train.precision, clip=config.train.clip, micro_batch=config.train.micro_batch)
+        self.manifest = Manifest.read(config.data.manifest)
+        self.manifest.check_files()
+        self.val_manifest = Manifest.read(config.data.val_manifest) if config.data.val_manifest else None
+        self.pretrained_tokenizer = tokenizers.load_pretrained(config.data.tokenizer)
+        self.tokenizer = tokenizers.from_pretrained(self.pretrained_tokenizer)
+        self.bert_config = bert.load_config(config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id)
+        bert.check_vocabulary(config.model, self.pretrained_tokenizer.get_vocab())
+        bert.check_fit(self.bert_config, vocab_size=self.tokenizer.vocab_size, seq_len=config.data.seq_len)
+
+    def stream(self, config: Config, rank: int, world_size: int) -> Stream:
+        """This rank's training stream."""
+        return open_stream(
+            config.data,
+            config.mask,
+            self.manifest,
+            self.tokenizer,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=rank,
+            world_size=world_size,
+            epochs=config.train.epochs,
+        )
+
+    def val_stream(self, config: Config, rank: int, world_size: int) -> Stream | None:
+        """This rank's part of the validation set, or None without one. Masks are BERT's, whatever the training's."""
+        if self.val_manifest is None:
+            return None
+        return open_stream(
+            config.data,
+            MaskConfig(),
+            self.val_manifest,
+            self.tokenizer,
+            seed=config.eval.seed,
+            global_batch=config.eval.batch,
+            micro_batch=config.train.micro_batch,
+            rank=rank,
+            world_size=world_size,
+            epochs=1,
+            validation=True,
+        )
+
+
+class Run:
+    """One attempt of a run on one rank."""
+
+    def __init__(self, invocation: Invocation, inputs: Inputs, topology: distributed.Topology, control: distributed.ControlGroup):
+        self.config, self.inputs, self.topology, self.control = invocation.config, inputs, topology, control
+        self.allow_change = invocation.allow_change
+        self.dir = RunDir(self.config.run.path())
+        self.is_first = topology.rank == 0
+        self.console = RunConsole(self.config.train.steps, self.is_first)
+        self.flag = StopFlag()
+        self.tracker: Tracker | None = None
+        self.step = self.tokens = self.bytes = self.skipped = 0
+        self.saved_step: int | None = None
+
+    # ---- start ----
+
+    def open(self) -> Path | None:
+        """Take the run directory, on rank 0, and tell all ranks: sets the attempt; returns the checkpoint to go on from. Raises UserError on every rank."""
+        answer: dict[str, Any] = {}
+        if self.is_first:
+            try:
+                answer = self._open_first()
+            except UserError as error:
+                answer = {"error": str(error)}
+        answer = self.control.broadcast(answer)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        self.dir.attempt, self.finished_before = answer["attempt"], answer["finished"]
+        self.lost = frozenset(answer["lost"])
+        return answer["checkpoint"]
+
+    def _open_first(self) -> dict[str, Any]:
+        config, path = self.config, self.dir.path
+        self.dir.prepare()
+        self.dir.acquire()
+        try:
+            identity = config.identity(self.inputs.manifest.fingerprint, self.inputs.tokenizer.fingerprint)
+            changed = self.dir.check_identity(json.loads(json.dumps(identity)), config.guarded(), self.allow_change)
+            status = self.dir.last_status or {}
+            finished = status.get("state") == "finished" and not changed
+            found = checkpoint.newest(path, self.console.say)
+            self.ledger = Ledger.read(path / "events.jsonl")
+            if not finished:
+                self.dir.status("running", 0 if found is None else checkpoint.Reader(found).step)
+                self._describe(changed)
+        except BaseException:
+            self.dir.release()
+            raise
+        return {"attempt": self.dir.attempt, "checkpoint": found, "finished": finished, "lost": list(self.ledger.lost_blocks())}
+
+    def _describe(self, changed: dict[str, list[Any]]) -> None:
+        """Write down what the attempt is made from, so that the directory alone tells it."""
+        path, inputs = self.dir.path, self.inputs
+        (path / "config.yaml").write_text(self.config.dump())
+        write_json(path / "ds_config.json", inputs.ds_config)
+        write_json(path / "env.json", environment())
+        inputs.bert_config.save_pretrained(path / "model")
+        inputs.pretrained_tokenizer.save_pretrained(path / "tokenizer")
+        if self.dir.died is not None:
+            self.console.say(f"attempt {self.dir.died.get('attempt')} died without a word; its lock is taken over")
+        if changed:
+            self.console.say("changed by --allow_change: " + ", ".join(f"{k} from {old} to {new}" for k, (old, new) in changed.items()))
+        self.attempt_facts = {"world_size": self.topology.world_size, "stage": inputs.ds_config["zero_optimization"]["stage"], "changed": changed}
+
+    def build(self, path: Path | None) -> None:
+        """Model, engine and stream, as new or as the checkpoint ``path`` left them."""
+        config, inputs = self.config, self.inputs
+        self.stream = inputs.stream(config, self.topology.rank, self.topology.world_size)
+        self.val_stream = inputs.val_stream(config, self.topology.rank, self.topology.world_size)
+        section = config.model
+        if path is not None and section.init == "pretrained":
+            # The checkpoint holds every weight: what the model started from need not be at hand any more.
+            section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
+        model = bert.build(section, inputs.bert_config, seed=config.run.seed)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.engine = Engine(
+            MaskedLM(model, attention=config.model.attention),
+            ds_config=inputs.ds_config,
+            optim=config.optim,
+            device=self.topology.device,
+            deterministic=config.train.deterministic,
+        )
+        self.cursors = self.stream.start_cursors()
+        self.wandb_id = None
+        if path is not None:
+            reader = checkpoint.Reader(path)
+            self.engine.restore(reader.parameter, reader.state, reader.optimizer)
+            state = reader.trainer
+            self.step = self.saved_step = state["step"]
+            self.tokens, self.bytes, self.skipped = state["tokens"], state["bytes"], state["skipped"]
+            self.cursors, self.wandb_id = np.asarray(state["cursors"], np.int64), state["wandb_id"]
+        self.writer = checkpoint.Writer(self.dir.path, config.checkpoint, self.topology.rank, self.topology.world_size, self.dir.attempt)
+
+    def announce(self) -> None:
+        """Rank 0: open the tracking and say what is about to happen."""
+        if not self.is_first:
+            return
+        config, stream, world = self.config, self.stream, self.topology.world_size
+        self.writer.clear_leftovers()
+        self.tracker = Tracker(
+            self.dir.path,
+            config.track,
+            json.loads(json.dumps(asdict(config))),
+            attempt=self.dir.attempt,
+            wandb_id=self.wandb_id,
+            world_size=world,
+        )
+        self.tracker.event({"kind": "attempt", "step": self.step, **self.attempt_facts})
+        device = self.topology.device.type
+        self.console.say(
+            f"run {self.dir.path}: attempt {self.dir.attempt}, "
+            + (f"goes on after step {self.step}" if self.step else "from the start")
+            + f"; {world} rank{'s' * (world > 1)} on {device}, ZeRO stage {self.engine.stage}, {config.train.precision}, W&B {self.tracker.mode}"
+        )
+        manifest = self.inputs.manifest
+        self.console.say(
+            f"model of {self.num_parameters / 1e6:.1f} M parameters; {manifest.num_documents:,} documents, {manifest.num_bytes / 1e6:.1f} MB in "
+            f"{len(manifest.shards)} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
+            f"{stream.micro_batches(self.step)} micro-batches of {config.train.micro_batch} on each rank"
+        )
+        even = [w for w in range(1, 2 * world + 1) if stream.order.lanes % w == 0 and config.train.global_batch % w == 0]
+        if stream.fill() < 0.95:
+            self.console.say(
+                f"note: {stream.fill():.0%} of the micro-batch places hold a row; {stream.order.lanes} lanes and {config.train.global_batch} rows divide evenly "
+                f"over {', '.join(map(str, even))} ranks (micro-batches of {config.train.micro_batch})"
+            )
+        if config.train.epochs is not None:
+            fill = stream.order.tail_fill(config.train.epochs)
+            self.console.say(f"lanes are {fill:.0%} full in the last tenth of the run")
+            if fill < 0.8:
+                self.console.say("note: lanes end unevenly; prepare the data with smaller blocks (--block-size), or set fewer data.lanes")
+
+    # ---- the loop ----
+
+    def progress(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        if self.config.train.steps is not None:
+            return min(1.0, self.step / self.config.train.steps)
+        assert self.config.train.epochs is not None
+        return min(1.0, self.bytes / (self.config.train.epochs * self.inputs.manifest.num_bytes))
+
+    def train(self) -> str:
+        """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
+        config = self.config
+        meter = Meter(self.tokens)
+        self.console.begin(self.progress())
+        in_a_row = 0
+        outcome = "finished"
+        if config.train.steps is not None and self.step >= config.train.steps:
+            return self._end(outcome)
+        batches = self.stream.batches(self.step, self.cursors, self.lost)
+        while True:
+            meter.wait_begins()
+            batch = next(batches)
+            micro_batches = self.stream.collate(batch)
+            meter.wait_ends()
+            mine = [batch.selected, batch.tokens, batch.bytes, int(batch.live.sum()), int(self.flag.wanted), int(self.flag.requeue), len(batch.faults)]
+            selected, tokens, batch_bytes, live, stop, requeue, faults = self.control.sum(mine)
+            if faults:
+                self._record_faults(batch)
+            if not live:
+                break
+            result = None
+            lr = config.optim.lr * lr_factor(self.step, self.progress(), warmup=config.optim.warmup, schedule=config.optim.schedule)
+            if selected:
+                seeds = [keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank) for i in range(len(micro_batches))]
+                result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
+            in_a_row = 0 if result is not None and not result.skipped else in_a_row + 1
+            self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
+            self.cursors = batch.cursors
+            if in_a_row:
+                self._record_skip(in_a_row, "no token was selected" if result is None else "loss or gradient is not finite")
+            if self.step % config.track.every == 0 or self.step in (1, config.train.steps):
+                self._log(result, selected, lr, meter)
+            if config.eval.every and self.step % config.eval.every == 0:
+                self.validate()
+                meter.skip_pause()
+            if self.step % config.checkpoint.every == 0:
+                self.save()
+            if config.train.steps is not None and self.step >= config.train.steps:
+                break
+            if stop:
+                self.flag.ask("another rank was asked to stop", bool(requeue))
+                outcome = "stopped"
+                break
+        batches.close()
+        return self._end(outcome)
+
+    def _end(self, outcome: str) -> str:
+        if outcome == "finished" and not (self.config.eval.every and self.step % self.config.eval.every == 0):
+            self.validate()
+        if self.saved_step != self.step:
+            self.save()
+        self.writer.wait()
+        self.control.barrier()
+        return outcome
+
+    def _record_faults(self, batch: Batch) -> None:
+        """Write what the ranks lost on the way to this batch into the ledger, on disk, before the step. Raises DataLoss on all ranks past the limit."""
+        gathered = self.control.gather([asdict(f) for f in batch.faults])
+        verdict = ""
+        if gathered is not None:
+            assert self.tracker is not None
+            for fault in self.ledger.add(fault for part in gathered for fault in part):
+                self.tracker.event({"kind": "data_loss", "step": self.step, **fault})
+                self.console.say(f"lost {fault['documents']} document(s) of {fault['shard']} at byte {fault['offset']}: {fault['cause']}")
+            verdict = self.ledger.verdict(self.inputs.manifest.num_documents, self.config.data.max_bad_fraction)
+        verdict = self.control.broadcast(verdict)
+        if verdict:
+            raise DataLoss(verdict)
+
+    def _record_skip(self, in_a_row: int, why: str) -> None:
+        self.skipped += 1
+        if self.tracker:
+            self.tracker.event({"kind": "skipped_step", "step": self.step, "why": why})
+            self.console.say(f"step {self.step} skipped: {why}")
+        if in_a_row >= self.config.train.max_skipped:
+            raise FloatingPointError(
+                f"{in_a_row} steps in a row up to step {self.step} were skipped ({why}); train.max_skipped is {self.config.train.max_skipped}. "
+                "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
+            )
+
+    def _log(self, result: Any, selected: int, lr: float, meter: "Meter") -> None:
+        mine = (0.0, 0) if result is None else (float(result.loss_sum), int(result.correct))
+        parts = self.control.gather(mine)
+        wait, step_time, rate = meter.read(self.step, self.tokens)
+        if parts is None or self.tracker is None:
+            return
+        loss = math.fsum(p[0] for p in parts) / selected if selected else math.nan
+        epoch = self.bytes / self.inputs.manifest.num_bytes
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 80.0)),
+            "accuracy": sum(p[1] for p in parts) / selected if selected else math.nan,
+            "lr": lr,
+            "grad_norm": None if result is None else float(result.grad_norm),
+            "tokens": self.tokens,
+            "tokens_per_s": rate,
+            "data_wait": wait,
+            "step_time": step_time,
+            "epoch": epoch,
+            "progress": self.progress(),
+            "memory_gib": _peak_memory_gib(self.topology),
+            "selected": selected,
+            "skipped": self.skipped,
+        }
+        self.tracker.log({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
+        self.dir.status("running", self.step)
+        self.console.train(self.step, epoch, record["progress"], loss, rate, lr)
+
+    def validate(self) -> None:
+        """Measure the validation set, if there is one, and log it."""
+        if self.val_stream is None:
+            return
+        result = evaluate.validate(self.val_stream, self.engine.evaluate, self.control)
+        if self.tracker:
+            self.tracker.log({"kind": "val", "step": self.step, **result})
+            self.console.say(
+                f"validation at step {self.step}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.1f}, accuracy {result['accuracy']:.1%} "
+                f"(unigram entropy {result['unigram_entropy']:.4f})"
+            )
+
+    def save(self) -> None:
+        """Start a checkpoint of the state after ``step`` steps. Collective."""
+        engine = self.engine
+        shapes = engine.shapes()
+        keys = {f"param/{n}": s.numel() for n, s in shapes.items()} | {f"state/{k}/{n}": s.numel() for k in engine.state_keys() for n, s in shapes.items()}
+        owners = checkpoint.assign(keys, self.topology.world_size)
+        mine = {}
+        for n in engine.names():
+            for key, tensor in [(f"param/{n}", engine.gather_parameter(n)), *((f"state/{k}/{n}", engine.gather_state(k, n)) for k in engine.state_keys())]:
+                if owners[key] == self.topology.rank:
+                    mine[key] = tensor.contiguous()
+        cursors = self.control.gather(self.cursors)
+        trainer: dict[str, Any] = {}
+        if cursors is not None:
+            merged = self.cursors.copy()
+            for rank, part in enumerate(cursors):
+                merged[rank :: self.topology.world_size] = part[rank :: self.topology.world_size]
+            trainer = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "bytes": self.bytes,
+                "skipped": self.skipped,
+                "progress": self.progress(),
+                "cursors": merged.tolist(),
+                "ledger": self.ledger.faults,
+                "wandb_id": self.tracker.wandb_id if self.tracker else None,
+                "attempt": self.dir.attempt,
+                "time": time.time(),
+            }
+        self.writer.save(self.step, mine, owners, engine.optimizer_meta(), trainer)
+        self.saved_step = self.step
+
+    def close(self, outcome: str) -> int:
+        """Say how the attempt ended, in status.json first; returns the exit code."""
+        code = EXIT_FINISHED if outcome == "finished" else EXIT_STOPPED
+        requeue = any(self.control.broadcast(self.control.gather(self.flag.requeue)) or [])
+        if self.is_first:
+            assert self.tracker is not None
+            state = "finished" if code == EXIT_FINISHED else ("preempted" if requeue else "cancelled")
+            reason = "" if code == EXIT_FINISHED else self.flag.reason
+            self.tracker.event({"kind": state, "step": self.step, "reason": reason})
+            self.tracker.finish(0)
+            self.dir.status(state, self.step, reason, requeue and code == EXIT_STOPPED)
+            self.dir.release()
+            where = f"checkpoint {self.dir.path / 'checkpoints' / checkpoint.name(self.step)}"
+            if code == EXIT_FINISHED:
+                self.console.say(f"finished after {self.step} steps and {self.tokens:,} tokens; {where}")
+            else:
+                self.console.say(f"stopped at step {self.step} ({reason}); {where}; the same command goes on from there")
+        self.control.barrier()
+        return code
+
+    def fail(self, error: BaseException) -> None:
+        """Record a failure; the first rank that fails shows its traceback, the others one line."""
+        first = self.dir.claim_failure() if self.dir.attempt else self.is_first
+        reason = f"rank {self.topology.rank}: {type(error).__name__}: {error}"
+        (self.dir.path / "logs").mkdir(parents=True, exist_ok=True)
+        with (self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{self.topology.rank}.traceback").open("w") as file:
+            traceback.print_exception(error, file=file)
+        if first:
+            traceback.print_exception(error)
+            self.dir.status("failed", self.step, reason)
+        else:
+            print(f"rank {self.topology.rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr)
+        if self.tracker:
+            self.tracker.finish(1)
+        self.dir.release()
+
+
+class Meter:
+    """Time between two logging steps: waiting for data, per step, and useful tokens per second."""
+
+    def __init__(self, tokens: int):
+        self._tokens, self._wait, self._pause = tokens, 0.0, 0.0
+        self._step: int | None = None
+        self._since = self._mark = time.perf_counter()
+
+    def wait_begins(self) -> None:
+        """The loop asks for data."""
+        self._mark = time.perf_counter()
+
+    def wait_ends(self) -> None:
+        """The data is there."""
+        self._mark, before = time.perf_counter(), self._mark
+        self._wait += self._mark - before
+
+    def skip_pause(self) -> None:
+        """What passed since the data came in is validation, not training: leave it out from the last log on."""
+        self._since = time.perf_counter()
+
+    def read(self, step: int, tokens: int) -> tuple[float, float, float]:
+        """(seconds waited for data per step, seconds per step, tokens per second) since the last call."""
+        now = time.perf_counter()
+        steps = max(1, step - self._step) if self._step is not None else 1
+        span = max(1e-9, now - self._since)
+        out = self._wait / steps, span / steps, (tokens - self._tokens) / span
+        self._step, self._tokens, self._wait, self._since = step, tokens, 0.0, now
+        return out
+
+
+def _peak_memory_gib(topology: distributed.Topology) -> float:
+    """Peak memory of this rank in GiB: the device's on CUDA, the process's on CPU."""
+    if topology.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(topology.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def run(invocation: Invocation) -> int:
+    """Train as this process's rank; returns the exit code. Raises UserError before anything was changed."""
+    config = invocation.config
+    inputs = Inputs(config, distributed.Topology.from_env().world_size)
+    topology = distributed.init(config.train.timeout)
+    control = distributed.ControlGroup(config.train.timeout)
+    attempt = Run(invocation, inputs, topology, control)
+    path = attempt.open()
+    if attempt.finished_before:
+        attempt.console.say(f"run {attempt.dir.path} is finished; nothing to do. To train on, raise train.steps or train.epochs with --allow_change.")
+        attempt.dir.release()
+        distributed.shutdown()
+        return EXIT_FINISHED
+    watcher = Watcher(attempt.dir, attempt.flag) if attempt.is_first else None
+    try:
+        with stop_signals(attempt.flag):
+            attempt.build(path)
+            attempt.announce()
+            if watcher:
+                watcher.start()
+            with attempt.console:
+                outcome = attempt.train()
+            if watcher:
+                watcher.stop()
+            code = attempt.close(outcome)
+    except BaseException as error:
+        attempt.fail(error)
+        _leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
+    attempt.engine.close()
+    distributed.shutdown()
+    return code
+
+
+def _leave(code: int) -> None:
+    """End this process without the usual tidying, which would wait for ranks that are gone."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit codes: 0 finished, 75 stopped with a checkpoint, 2 the user's mistake, 1 a failure."""
+    words = [w for w in (sys.argv[1:] if argv is None else argv) if not w.startswith(("--local_rank", "--local-rank"))]
+    try:
+        return run(load(words))
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(OTHERS_WAIT_S)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        distributed.shutdown()
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
