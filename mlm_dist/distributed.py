@@ -1,13 +1,14 @@
 """Process groups: where this rank stands, the collectives of the model, and a second CPU group for decisions.
 
-Only the environment that every launcher agrees on is read (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`);
-turning SLURM's or a host list's variables into these is the launcher's work.
+Only the environment that every launcher agrees on is read (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`,
+`MASTER_PORT`); turning SLURM's or a host list's variables into these is the launcher's work.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -32,8 +33,8 @@ class Topology:
     def from_env(cls) -> Topology:
         """Reads `RANK`, `WORLD_SIZE`, `LOCAL_RANK`; with none of them set this is a job of one process.
 
-        Raises UserError when only some are set, or when they are no numbers or contradict each other: guessing would start a
-        job whose ranks disagree about its size and hang.
+        Raises UserError when only some are set, or when they are no numbers or contradict each other: guessing would
+        start a job whose ranks disagree about its size and hang.
         """
         given = {name: os.environ[name] for name in _LAUNCH_VARIABLES if os.environ.get(name)}
         if not given:
@@ -64,9 +65,11 @@ class Topology:
 
 
 def init(timeout_s: float = 1800.0) -> Topology:
-    """Joins the job: the default process group (NCCL for CUDA tensors and gloo for CPU ones, or gloo alone) and DeepSpeed's.
+    """Joins the job: the default process group (NCCL for CUDA tensors and gloo for CPU ones, or gloo alone) and
+    DeepSpeed's.
 
-    Without a launcher it makes a group of one. `timeout_s` (seconds) bounds every collective. Call it once, before a model is built.
+    Without a launcher it makes a group of one. `timeout_s` (seconds) bounds every collective. Call it once, before a
+    model is built.
     """
     topology = Topology.from_env()
     if topology.world_size == 1 and "RANK" not in os.environ:
@@ -93,15 +96,16 @@ def init(timeout_s: float = 1800.0) -> Topology:
 
 
 def _prepare_deepspeed(timeout_s: float) -> None:
-    """Imports DeepSpeed on top of the process group that exists, without its chatter and without anything that needs a compiler."""
-    # At WARNING it still tells, on every start, of an asynchronous I/O library that only NVMe offload would use.
-    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    """Sets DeepSpeed on top of the process group that exists, without its chatter and without needing a compiler."""
     import deepspeed
     from deepspeed import comm
     from deepspeed.ops import __compatible_ops__
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On CPU the first init_distributed() would build this shared-memory operator with a C++ compiler (75 s; fails without one).
+    # It calls collectives by names that torch is giving up; nothing that a user could act on.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    # On CPU the first init_distributed() would build this shared-memory operator with a C++ compiler (75 s; fails
+    # without one).
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
     assert comm.is_initialized()
@@ -125,8 +129,8 @@ class PendingSum:
 class ControlGroup:
     """Decisions that all ranks must take alike: small collectives on host memory, in a gloo group of their own.
 
-    Being apart from the model's group they neither wait for the GPU nor come between its collectives. Every rank has to make the
-    same calls in the same order.
+    Being apart from the model's group they neither wait for the GPU nor come between its collectives. Every rank has
+    to make the same calls in the same order.
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:

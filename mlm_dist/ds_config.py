@@ -1,9 +1,10 @@
 """From a DeepSpeed template (`ds_configs/*.json`) and the run's own settings to the configuration that DeepSpeed gets.
 
-A template owns mechanics: ZeRO stage, buckets, offload, timers. The run config owns what changes the result: batch, clipping, precision,
-optimizer, learning rate. Each key has one owner, so a key of the run's in a template is an error. DeepSpeed ignores unknown top-level keys without
-a word and has defaults that change results (clipping at 1.0), so the whole file is checked here, and against what this program
-was tested with: a setting that would break a promise (the loss, the skipped step, the portable checkpoint) is refused before anything starts.
+A template owns mechanics: ZeRO stage, buckets, offload, timers. The run config owns what changes the result: batch,
+clipping, precision, optimizer, learning rate. Each key has one owner, so a key of the run's in a template is an
+error. DeepSpeed ignores unknown top-level keys without a word and has defaults that change results (clipping at 1.0),
+so the whole file is checked here, and against what this program was tested with: a setting that would break a promise
+(the loss, the skipped step, the portable checkpoint) is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class DeepSpeedSection:
     """A template's name (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or the path of a JSON file."""
 
 
-# What a template may hold: the type of a value, or the keys of a section. "count" takes 5e8 for 500000000, as people write.
+# What a template may hold: the type of a value, or the keys of a section. "count" takes 5e8 for 500000000, as people
+# write.
 _OFFLOAD = {"device": ("none", "cpu"), "pin_memory": bool}
 _ZERO: dict[str, Any] = {
     "stage": (0, 1, 2, 3),
@@ -41,7 +43,6 @@ _ZERO: dict[str, Any] = {
     "allgather_partitions": bool,
     "allgather_bucket_size": "count",
     "overlap_comm": bool,
-    "round_robin_gradients": bool,
     "offload_optimizer": _OFFLOAD,
     "sub_group_size": "count",
     "stage3_prefetch_bucket_size": "count",
@@ -99,6 +100,7 @@ _REFUSED = {
     "gradient_allreduce_op": "the loss is scaled for gradients averaged over ranks",
     "prescale_gradients": "the loss is scaled for gradients averaged over ranks",
     "gradient_predivide_factor": "the loss is scaled for gradients averaged over ranks",
+    "round_robin_gradients": "DeepSpeed then mixes up which state belongs to which parameter",
     "zero_hpz_partition_size": "restoring a checkpoint into a secondary partition is not tested",
     "zero_quantized_weights": "quantized weights change the result",
     "zero_quantized_nontrainable_weights": "quantized weights change the result",
@@ -115,16 +117,17 @@ def template_names() -> list[str]:
 
 
 def load_template(name_or_path: str) -> dict[str, Any]:
-    """Reads and checks a template, by the name of one that comes with the program or by path (which has a `.json` or a slash).
+    """Reads and checks a template, by the name of one that comes with the program or by path (which has a `.json` or
+    a slash).
 
-    Raises UserError for a missing file, broken JSON, an unknown key anywhere (naming the nearest right one), a key that the run config
-    owns, a value of the wrong type, and a combination that this program does not support.
+    Raises UserError for a missing file, broken JSON, an unknown key anywhere (naming the nearest right one), a key
+    that the run config owns, a value of the wrong type, and a combination that this program does not support.
     """
     if name_or_path.endswith(".json") or "/" in name_or_path:
         path = Path(name_or_path)
         if not path.is_file():
             raise UserError(f"deepspeed.config: there is no file {name_or_path!r}")
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     else:
         names = template_names()
         if name_or_path not in names:
@@ -132,10 +135,10 @@ def load_template(name_or_path: str) -> dict[str, Any]:
                 f"deepspeed.config: there is no template {name_or_path!r}{_nearest(name_or_path, names)}; "
                 f"there are {', '.join(names)}, or give the path of a .json file"
             )
-        text = (_templates() / f"{name_or_path}.json").read_text(encoding="utf-8")
+        data = (_templates() / f"{name_or_path}.json").read_bytes()
     try:
-        template = json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
+        template = json.loads(data, object_pairs_hook=_no_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"deepspeed.config: {name_or_path!r} is not JSON: {error}") from None
     return check_template(template)
 
@@ -153,11 +156,14 @@ def check_template(template: Any) -> dict[str, Any]:
     if zero.get("offload_optimizer", {}).get("device", "none") == "none":
         zero.pop("offload_optimizer", None)
     elif zero["stage"] == 0:
-        raise UserError("deepspeed.config: zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3, got 0")
+        raise UserError(
+            "deepspeed.config: zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3, got 0"
+        )
     elif checked.get("zero_force_ds_cpu_optimizer") is not False:
         raise UserError(
-            'deepspeed.config: with zero_optimization.offload_optimizer, "zero_force_ds_cpu_optimizer": false is needed '
-            "at the top level (DeepSpeed's own CPU Adam needs a compiler; torch's fused AdamW is used)"
+            "deepspeed.config: zero_optimization.offload_optimizer needs "
+            '"zero_force_ds_cpu_optimizer": false at the top level '
+            "(DeepSpeed's own CPU Adam needs a compiler; torch's fused AdamW is used)"
         )
     return checked
 
@@ -167,13 +173,14 @@ def merge(template: dict[str, Any], *, precision: Precision, clip: float, micro_
 
     Args:
         template: from load_template().
-        precision: `bf16` runs matrix products in bfloat16 under torch.autocast, weights, gradients and optimizer state staying fp32 (DeepSpeed's
-            `bf16` block casts the loss too; measured 30 times farther from fp32).
+        precision: `bf16` runs matrix products in bfloat16 under torch.autocast, weights, gradients and optimizer
+            state staying fp32 (DeepSpeed's `bf16` block casts the loss too; measured 30 times farther from fp32).
         clip: global L2 norm to clip gradients at; 0 is off. Always written, as DeepSpeed's default is 1.0.
         micro_batch: rows of a micro-batch on a rank. DeepSpeed uses it in its timers only.
 
-    `gradient_accumulation_steps` is 1 whatever the run accumulates: the engine tells DeepSpeed at each micro-batch whether it is a step's last
-    and scales the loss itself, so the number may differ from step to step and DeepSpeed must divide by nothing.
+    `gradient_accumulation_steps` is 1 whatever the run accumulates: the engine tells DeepSpeed at each micro-batch
+    whether it is a step's last and scales the loss itself, so the number may differ from step to step and DeepSpeed
+    must divide by nothing.
     """
     config = check_template(copy.deepcopy(template))
     if not clip >= 0:
@@ -188,8 +195,9 @@ def merge(template: dict[str, Any], *, precision: Precision, clip: float, micro_
     )
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        # The modules named here (by default every Linear) have their gradients reduced, and at stage 3 their weights gathered, in bf16:
-        # half the traffic, but the sum over ranks is rounded at each addition. That is the template's to ask for.
+        # The modules named here (by default every Linear) have their gradients reduced, and at stage 3 their weights
+        # gathered, in bf16: half the traffic, but the sum over ranks is rounded at each addition. That is the
+        # template's to ask for.
         if config.pop("communication_data_type", "fp32") == "fp32":
             config["torch_autocast"]["lower_precision_safe_modules"] = []
     elif precision != "fp32":
@@ -207,7 +215,9 @@ def _check_section(section: dict[str, Any], schema: dict[str, Any], prefix: str)
         if key in _REFUSED:
             raise UserError(f"deepspeed.config: {prefix}{key} is not supported: {_REFUSED[key]}")
         if key not in schema:
-            raise UserError(f"deepspeed.config: unknown key {prefix + key!r}{_nearest(key, [*schema, *(() if prefix else _OWNED)])}")
+            raise UserError(
+                f"deepspeed.config: unknown key {prefix + key!r}{_nearest(key, [*schema, *(() if prefix else _OWNED)])}"
+            )
         checked[key] = _check_value(value, schema[key], f"{prefix}{key}")
     return checked
 
@@ -219,7 +229,9 @@ def _check_value(value: Any, kind: Any, name: str) -> Any:
         return _check_section(value, kind, f"{name}.")
     if isinstance(kind, tuple):
         if not any(value == right and type(value) is type(right) for right in kind):
-            raise UserError(f"deepspeed.config: {name} must be {' or '.join(json.dumps(k) for k in kind)}, got {value!r}")
+            raise UserError(
+                f"deepspeed.config: {name} must be {' or '.join(json.dumps(k) for k in kind)}, got {value!r}"
+            )
         return value
     if kind == "count":
         whole = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value % 1 == 0

@@ -1,12 +1,15 @@
-"""The training step under DeepSpeed ZeRO 0 to 3: the right loss, the right norm, a skipped step, and state by parameter name.
+"""The training step under DeepSpeed ZeRO 0 to 3: the right loss, the right norm, a skipped step, and state by
+parameter name.
 
 What DeepSpeed does by itself, and what is done here because of it (0.19.8):
 
-- It divides each loss by a fixed number of accumulation steps and averages gradients over ranks, which is right only when every micro-batch on every
-  rank weighs the same. Here a micro-batch gives a *sum* of cross-entropies, scaled by W / N (W ranks, N selected tokens in the
-  global batch) so that the average over ranks is the gradient of the mean over all selected tokens; DeepSpeed divides by nothing.
+- It divides each loss by a fixed number of accumulation steps and averages gradients over ranks, which is right only
+  when every micro-batch on every rank weighs the same. Here a micro-batch gives a *sum* of cross-entropies, scaled by
+  W / N (W ranks, N selected tokens in the global batch) so that the average over ranks is the gradient of the mean
+  over all selected tokens; DeepSpeed divides by nothing.
 - Which micro-batch is the last of a step is told to it each time, so their number may change from step to step.
-- It skips a step with a non-finite norm at stages 1 to 3, and at stage 0 in fp32 or under autocast neither checks nor reports a norm: done here.
+- It skips a step with a non-finite norm at stages 1 to 3, and at stage 0 in fp32 or under autocast neither checks nor
+  reports a norm: done here.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ MicroBatch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave on this rank. Nothing here has been reduced over ranks, and the tensors have not been waited for."""
+    """What one step gave on this rank: nothing is reduced over ranks, and the tensors have not been waited for."""
 
     loss_sum: Tensor
     """Sum of cross-entropies over this rank's selected tokens; fp64 scalar on the engine's device."""
@@ -44,8 +47,9 @@ class StepResult:
 class Engine:
     """One rank's part of a data-parallel model in training.
 
-    The module takes a micro-batch by keyword and returns (sum of losses: fp32 scalar with a graph, correct: int64 scalar). step(), evaluate(),
-    gather_*() and restore() are collective: every rank calls them in the same order with as many micro-batches.
+    The module takes a micro-batch by keyword and returns (sum of losses: fp32 scalar with a graph, correct: int64
+    scalar). step(), evaluate(), gather_*() and restore() are collective: every rank calls them in the same order with
+    as many micro-batches.
     """
 
     def __init__(
@@ -70,7 +74,8 @@ class Engine:
         Raises:
             UserError: a setting of `optim` is not possible.
         """
-        # DeepSpeed chooses its accelerator when it is first imported, so not before distributed.init() has settled that.
+        # DeepSpeed chooses its accelerator when it is first imported, so not before distributed.init() has settled
+        # that.
         import deepspeed
 
         from mlm_dist.zero_state import zero_state
@@ -110,7 +115,8 @@ class Engine:
             seeds: one for each micro-batch; torch's generators are seeded with it, which decides the dropout.
 
         Raises:
-            ValueError: no micro-batch, another number of seeds, or N below 1 (such a batch is no step; skip it on all ranks).
+            ValueError: no micro-batch, another number of seeds, or N below 1 (such a batch is no step; skip it on all
+            ranks).
         """
         if not micro_batches or len(seeds) != len(micro_batches):
             raise ValueError(f"seeds: a step needs one for each micro-batch, got {len(seeds)} for {len(micro_batches)}")
@@ -127,7 +133,8 @@ class Engine:
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             torch.manual_seed(seed)
             loss, correct = self._engine(**self._on_device(micro_batch))
-            # An infinite loss can have finite gradients. Made NaN here, without waiting for the device, they reach every rank's norm.
+            # An infinite loss can have finite gradients. Made NaN here, without waiting for the device, they reach
+            # every rank's norm.
             weight = torch.where(torch.isfinite(loss.detach()), scale, math.nan)
             self._engine.backward(loss * weight, scale_wrt_gas=False)
             losses.append(loss.detach())
@@ -141,7 +148,8 @@ class Engine:
         )
 
     def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Sum of cross-entropies (fp32 scalar) and number right (int64 scalar) of this rank's micro-batch, without dropout.
+        """Sum of cross-entropies (fp32 scalar) and number right (int64 scalar) of this rank's micro-batch, without
+        dropout.
 
         At stage 3 every rank must call it equally often.
         """
@@ -191,7 +199,7 @@ class Engine:
         return self._whole(name, None)
 
     def gather_state(self, key: str, name: str) -> Tensor:
-        """The whole fp32 optimizer state `key` of a parameter, a copy on CPU, on every rank; zeros before the first step. Collective."""
+        """The whole fp32 optimizer state `key` of a parameter (zeros before the first step), likewise. Collective."""
         if not self._state.started():
             return torch.zeros(self._shapes[name])
         return self._whole(name, key)

@@ -67,8 +67,9 @@ def lr_factor(step: int, progress: float, *, warmup: float, schedule: Schedule) 
         warmup: see OptimConfig.warmup.
         schedule: see OptimConfig.schedule.
 
-    For a run counted in steps (progress = step / steps) `linear` is transformers' `get_linear_schedule_with_warmup`. For a run counted in
-    epochs, with a warm-up in steps, the progress at which the warm-up ended is taken from the run's pace so far.
+    For a run counted in steps (progress = step / steps) `linear` is transformers' `get_linear_schedule_with_warmup`.
+    For a run counted in epochs, with a warm-up in steps, the progress at which the warm-up ended is taken from the
+    run's pace so far.
     """
     progress = min(max(progress, 0.0), 1.0)
     if warmup < 1:

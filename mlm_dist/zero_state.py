@@ -1,8 +1,9 @@
-"""Weights and optimizer state of a DeepSpeed engine by parameter, whole, whatever the ZeRO stage and the number of ranks.
+"""Weights and optimizer state of a DeepSpeed engine by parameter, whole, whatever the ZeRO stage and the number of
+ranks.
 
-One class for each way that DeepSpeed lays state out: whole on every rank (stage 0), flat buffers cut into equal parts (stages 1 and 2),
-every parameter cut into equal parts (stage 3). All reach below DeepSpeed's public interface where that is missing or wrong; each such
-place says why. Read against DeepSpeed 0.19.8.
+One class for each way that DeepSpeed lays state out: whole on every rank (stage 0), flat buffers cut into equal parts
+(stages 1 and 2), every parameter cut into equal parts (stage 3). All reach below DeepSpeed's public interface where
+that is missing or wrong; each such place says why. Read against DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from mlm_dist.optim import STATE_KEYS
 
+
 class ZeroState(ABC):
     """Access to the state of one engine. Reads and writes are collective: all ranks, same order."""
 
@@ -39,16 +41,16 @@ class ZeroState(ABC):
 
     @abstractmethod
     def read(self, parameter: torch.nn.Parameter, key: str | None) -> Tensor:
-        """The fp32 weight (key None) or optimizer state of a parameter, whole, flat or not, on any device. May be the tensor itself."""
+        """A parameter's whole fp32 weight (key None) or optimizer state, on any device; may be the tensor itself."""
 
     @abstractmethod
     def write(self, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
         """The reverse of read(); `value` is fp32, on CPU, of the parameter's whole shape."""
 
-    def begin_write(self) -> None:
+    def begin_write(self) -> None:  # noqa: B027
         """To be called before the first write of a restore, after set_step()."""
 
-    def finish_write(self) -> None:
+    def finish_write(self) -> None:  # noqa: B027
         """To be called after the last write: brings the copies of the weights that the forward uses up to date."""
 
     def started(self) -> bool:
@@ -116,8 +118,9 @@ class FlatState(ZeroState):
         self.zero.update_lp_params()
 
     def _link(self) -> None:
-        # DeepSpeed links parameters to their optimizer state once, after the first group's first step, when the other groups have none yet:
-        # their parameters then say "exp_avg not found". Linked again here, when all groups have theirs.
+        # DeepSpeed links parameters to their optimizer state once, after the first group's first step, when the other
+        # groups have none yet: their parameters then say "exp_avg not found". Linked again here, when all groups have
+        # theirs.
         if not self._linked:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -125,7 +128,7 @@ class FlatState(ZeroState):
 
 
 class PartitionedState(ZeroState):
-    """Stage 3: each rank keeps a part of every parameter, the last ranks' parts padded; sub-groups of parts are stepped together."""
+    """Stage 3: each rank keeps a part of every parameter (the last ranks' are padded) and steps groups of parts."""
 
     def holders(self) -> Iterator[Tensor]:
         yield from self.zero.fp32_partitioned_groups_flat
@@ -135,7 +138,7 @@ class PartitionedState(ZeroState):
 
     def write(self, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
         # DeepSpeed's setters of whole values fail where a part is padded, those of a rank's own part do not.
-        part = parameter.ds_tensor.ds_numel
+        part: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
         rank, world = dist.get_rank(), dist.get_world_size()
         local = F.pad(value.flatten(), (0, part * world - value.numel()))[rank * part : (rank + 1) * part]
         if key is None:
@@ -148,7 +151,8 @@ class PartitionedState(ZeroState):
         self.zero._partition_all_parameters()
 
     def finish_write(self) -> None:
-        # As in DeepSpeed's own step(): from the stepped copies to the parts that the forward gathers, then the small parameters that stay whole.
+        # As in DeepSpeed's own step(): from the stepped copies to the parts that the forward gathers, then the small
+        # parameters that stay whole.
         for index in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
         persistent = self.zero.persistent_parameters

@@ -2,8 +2,9 @@
 
     results = run_ranks("tests.dist.cases:parity", world=2, args={"stage": 3}, timeout=120)
 
-The target is `module:function`; it is called with `**args` after the RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* of its process are set, and what it returns
-(anything that pickles) comes back, in rank order. A rank that fails or a timeout kills all and fails with what the ranks wrote to stderr.
+The target is `module:function`; it is called with `**args` after the RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* of its
+process are set, and what it returns (anything that pickles) comes back, in rank order. A rank that fails or a timeout
+kills all and fails with what the ranks wrote to stderr.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def free_port() -> int:
 
 
 def run_ranks(
-    target: str, world: int, args: dict[str, Any] | None = None, timeout: float = 120.0, env: dict[str, str] | None = None
+    target: str,
+    world: int,
+    args: dict[str, Any] | None = None,
+    timeout: float = 120.0,
+    env: dict[str, str] | None = None,
 ) -> list[Any]:
     """See the module. `timeout` in seconds, for all ranks together; `env` is added to the environment of each."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:

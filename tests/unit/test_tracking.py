@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from mlm_dist import wandb_mirror
 from mlm_dist.errors import UserError
 from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics, redact
 from mlm_dist.wandb_mirror import read_wandb_file, resolve_mode
@@ -298,7 +297,9 @@ def test_an_unreachable_server_means_offline_and_one_warning(tmp_path: Path, mon
     (event,) = events(tmp_path)
     assert event["kind"] == "wandb" and "cannot be reached" in event["message"]
     assert KEY not in (tmp_path / "events.jsonl").read_text()
-    assert len(done.stderr.splitlines()) == 1 and "cannot be reached" in done.stderr  # our warning, and no word of wandb
+    assert (
+        len(done.stderr.splitlines()) == 1 and "cannot be reached" in done.stderr
+    )  # our warning, and no word of wandb
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -1,0 +1,107 @@
+"""``mlm-dist fill-mask``: ask a model for the words behind [MASK]."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlm_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import BertForMaskedLM, PreTrainedTokenizerBase
+
+
+def fill(
+    model: "BertForMaskedLM", tokenizer: "PreTrainedTokenizerBase", text: str, top: int = 5
+) -> list[list[tuple[str, float]]]:
+    """For each mask in ``text``, in order, the ``top`` likeliest tokens with their probabilities (softmax over the
+    whole vocabulary), likeliest first.
+
+    Raises:
+        UserError: no mask in ``text``, or more tokens than the model has positions; ``top`` below 1 or above the
+            vocabulary.
+    """
+    import torch
+
+    if not 1 <= top <= len(tokenizer):
+        raise UserError(f"--top {top}: must be from 1 to the vocabulary's {len(tokenizer):,} tokens")
+    inputs = tokenizer(text, return_tensors="pt", truncation=False)
+    ids = inputs["input_ids"][0]
+    where = (ids == tokenizer.mask_token_id).nonzero()[:, 0]
+    if not len(where):
+        raise UserError(f"text {text!r}: has no {tokenizer.mask_token}; put one where a word is wanted")
+    positions = model.config.max_position_embeddings
+    if len(ids) > positions:
+        raise UserError(f"text of {len(ids):,} tokens: the model reads at most {positions:,}; give a shorter one")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            logits = model(**{k: v.to(model.device) for k, v in inputs.items()}).logits[0, where.to(model.device)]
+    finally:
+        model.train(was_training)
+    # A vocabulary padded to a round size has rows that stand for no token.
+    likeliest = logits.float().softmax(-1)[:, : len(tokenizer)].topk(top)
+    return [
+        [(tokenizer.decode([i]), p) for i, p in zip(row_ids, row, strict=True)]
+        for row_ids, row in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    ]
+
+
+def load(name: str) -> "tuple[BertForMaskedLM, PreTrainedTokenizerBase]":
+    """A model and its tokenizer from a run (its newest checkpoint), a checkpoint, a directory in transformers'
+    format, or a hub name.
+
+    Raises:
+        UserError: nothing there that can be loaded.
+    """
+    from mlm_dist import export
+
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return export.load(export.find(path))
+    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{name}: no such directory; give a run, an exported model or a name on the Hugging Face hub")
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    try:
+        with export.quiet():
+            model = AutoModelForMaskedLM.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name}: cannot be loaded as a masked-language model ({first}); "
+            "give a run, an exported model or a name on the Hugging Face hub"
+        ) from error
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no mask token; give a masked-language model")
+    return model.eval(), tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``mlm-dist fill-mask``."""
+    parser.description = "Show the likeliest words behind each [MASK]."
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="run directory, checkpoint, exported model or hub name")
+    parser.add_argument("text", nargs="+", metavar="TEXT", help='such as "The capital of France is [MASK]."')
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="answers for each mask (default: 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``mlm-dist fill-mask``."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    model, tokenizer = load(args.model)
+    answers = [fill(model, tokenizer, text, args.top) for text in args.text]
+    console = Console()
+    for text, masks in zip(args.text, answers, strict=True):
+        table = Table(title=Text(text, style="bold"), title_justify="left", min_width=min(40, console.width))
+        for number in range(1, len(masks) + 1):
+            table.add_column("token" if len(masks) == 1 else f"token {number}")
+            table.add_column("probability", justify="right")
+        for row in zip(*masks, strict=True):
+            # Text, since a token such as [unused1] would be taken for markup.
+            table.add_row(*(cell for token, p in row for cell in (Text(token), Text(f"{p:.1%}"))))
+        console.print(table)
+    return 0
