@@ -9,10 +9,11 @@ A checkpoint is a directory of safetensors and JSON files; nothing in it is exec
         index.json                            size and SHA-256 of every file, and which part holds which tensor
         COMMIT                                SHA-256 of index.json, written last
 
-It is written under a temporary name and renamed when it is whole, so a crash leaves the one before. Each rank writes its part in a thread; the training step waits
-only for the copy to host memory.
+It is written under a temporary name and renamed when it is whole, so a crash leaves the one before. Each rank writes its part in a
+thread; the training step waits only for the copy to host memory.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,7 +102,9 @@ class Reader:
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path}: not a whole checkpoint ({error})") from error
         if self.index.get("format") != FORMAT or self.index.get("version") != VERSION:
-            raise CheckpointError(f"{self.path}: format {self.index.get('format')!r} version {self.index.get('version')!r}, this program reads {FORMAT} {VERSION}")
+            raise CheckpointError(
+                f"{self.path}: format {self.index.get('format')!r} version {self.index.get('version')!r}, this program reads {FORMAT} {VERSION}"
+            )
         self.step: int = self.index["step"]
 
     def verify(self) -> None:
@@ -180,7 +183,13 @@ class Writer:
     """Writes checkpoints of one attempt. ``save`` is called by every rank at the same step boundary."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, rank: int, world_size: int, attempt: int):
-        self.root, self.config, self.rank, self.world_size, self.attempt = run_dir / "checkpoints", config, rank, world_size, attempt
+        self.root, self.config, self.rank, self.world_size, self.attempt = (
+            run_dir / "checkpoints",
+            config,
+            rank,
+            world_size,
+            attempt,
+        )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -189,7 +198,14 @@ class Writer:
         for path in self.root.glob(".tmp_*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], keys: dict[str, int], optimizer: dict[str, Any], trainer: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        keys: dict[str, int],
+        optimizer: dict[str, Any],
+        trainer: dict[str, Any],
+    ) -> None:
         """Start writing the checkpoint after ``step`` steps; returns when the data is safe from being changed by training.
 
         Args:
@@ -201,7 +217,9 @@ class Writer:
             CheckpointError: the checkpoint before could not be written.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(step, tensors, keys, optimizer, trainer), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(
+            target=self._run, args=(step, tensors, keys, optimizer, trainer), name=f"checkpoint-{step}"
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -220,15 +238,21 @@ class Writer:
             self._write(step, temporary, *args)
         except BaseException as error:  # a thread's error is raised by the next wait()
             self._error = error
-            try:
+            with contextlib.suppress(OSError):
                 (temporary / f"error-{self.rank}").write_text(str(error))
-            except OSError:
-                pass
 
     def _part_name(self, rank: int) -> str:
         return f"part-{rank:05d}-of-{self.world_size:05d}.safetensors"
 
-    def _write(self, step: int, temporary: Path, tensors: dict[str, torch.Tensor], keys: dict[str, int], optimizer: dict, trainer: dict) -> None:
+    def _write(
+        self,
+        step: int,
+        temporary: Path,
+        tensors: dict[str, torch.Tensor],
+        keys: dict[str, int],
+        optimizer: dict,
+        trainer: dict,
+    ) -> None:
         part = temporary / self._part_name(self.rank)
         save_file(tensors, str(part))
         with part.open("rb") as file:
@@ -242,7 +266,9 @@ class Writer:
             files["optimizer.json"] = _write(temporary / "optimizer.json", json.dumps(optimizer, indent=1).encode())
             files["trainer.json"] = _write(temporary / "trainer.json", json.dumps(trainer).encode())
             tensor_files = {key: self._part_name(rank) for key, rank in keys.items()}
-            index = json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files, "tensors": tensor_files}, indent=1).encode()
+            index = json.dumps(
+                {"format": FORMAT, "version": VERSION, "step": step, "files": files, "tensors": tensor_files}, indent=1
+            ).encode()
             _write(temporary / "index.json", index)
             _write(temporary / "COMMIT", hashlib.sha256(index).hexdigest().encode())
             _sync_directory(temporary)

@@ -104,12 +104,17 @@ class Config:
 
     def dump(self) -> str:
         """The configuration as YAML that ``load`` reads back."""
-        return yaml.safe_dump({s: {k: _plain(v) for k, v in section.items()} for s, section in asdict(self).items()}, sort_keys=False)
+        return yaml.safe_dump(
+            {s: {k: _plain(v) for k, v in section.items()} for s, section in asdict(self).items()}, sort_keys=False
+        )
 
     def identity(self, manifest: str, tokenizer: str) -> dict[str, Any]:
         """What a run directory is tied to: the identity keys, and the fingerprints of manifest and tokenizer."""
         flat = self.flat()
-        return {key: flat[key] for line in IDENTITY for key in line.split()} | {"data.manifest": manifest, "data.tokenizer": tokenizer}
+        return {key: flat[key] for line in IDENTITY for key in line.split()} | {
+            "data.manifest": manifest,
+            "data.tokenizer": tokenizer,
+        }
 
     def guarded(self) -> dict[str, Any]:
         """The keys that change only by ``--allow_change``."""
@@ -124,7 +129,9 @@ def _plain(value: Any) -> Any:
 def known_keys() -> list[str]:
     """Every ``section.key``."""
     sections = typing.get_type_hints(Config)
-    return [f"{s.name}.{f.name}" for s in fields(Config) for f in fields(sections[s.name]) if is_dataclass(sections[s.name])]
+    return [
+        f"{s.name}.{f.name}" for s in fields(Config) for f in fields(sections[s.name]) if is_dataclass(sections[s.name])
+    ]
 
 
 def _unknown(kind: str, key: str, candidates: Sequence[str]) -> UserError:
@@ -136,11 +143,15 @@ def _check_yaml(path: Path) -> None:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise UserError(f"--config: {str(path)!r} cannot be read ({error.strerror}). Give the path of a run config such as recipes/demo.yaml.") from error
+        raise UserError(
+            f"--config: {str(path)!r} cannot be read ({error.strerror}). Give the path of a run config such as recipes/demo.yaml."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"--config: {str(path)!r} must hold sections such as 'run:' and 'data:', not {type(tree).__name__}.")
+        raise UserError(
+            f"--config: {str(path)!r} must hold sections such as 'run:' and 'data:', not {type(tree).__name__}."
+        )
     known = known_keys()
     sections = sorted({k.split(".")[0] for k in known})
     for section, content in tree.items():
@@ -212,7 +223,14 @@ def load(argv: Sequence[str], prog: str = "mlm-dist train") -> Invocation:
     sections = typing.get_type_hints(Config)
     for section in fields(Config):
         parser.add_class_arguments(sections[section.name], section.name)
-    parser.add_argument("--allow_change", "--allow-change", action="append", default=[], metavar="KEY", help="let this key differ from the run directory's")
+    parser.add_argument(
+        "--allow_change",
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this key differ from the run directory's",
+    )
     try:
         namespace = parser.parse_args(argv)
     except (Exception, SystemExit) as error:
@@ -231,7 +249,11 @@ def load(argv: Sequence[str], prog: str = "mlm-dist train") -> Invocation:
 
 
 def _section(values: Any) -> dict[str, Any]:
-    return {k: (dict(v.as_dict()) if hasattr(v, "as_dict") else v) for k, v in vars(values).items() if not k.startswith("__")}
+    return {
+        k: (dict(v.as_dict()) if hasattr(v, "as_dict") else v)
+        for k, v in vars(values).items()
+        if not k.startswith("__")
+    }
 
 
 def _pop_option(argv: list[str], option: str) -> str | None:

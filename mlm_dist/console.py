@@ -39,7 +39,9 @@ class RunConsole:
             self._task = self._bar.add_task("train", total=1.0, epoch=0.0, step=0, loss=float("nan"), rate=0.0)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -62,4 +64,6 @@ class RunConsole:
         left = (time.monotonic() - self._started) * (1 - progress) / done if done > 0 else 0.0
         of = f"/{self.steps}" if self.steps else ""
         minutes, seconds = divmod(round(left), 60)
-        self.say(f"epoch {epoch:6.2f}  step {step}{of}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  left {minutes}:{seconds:02d}")
+        self.say(
+            f"epoch {epoch:6.2f}  step {step}{of}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  left {minutes}:{seconds:02d}"
+        )

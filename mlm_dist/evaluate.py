@@ -51,26 +51,28 @@ def validate(
         forward: micro-batch -> (sum of cross-entropies, number right), called equally often on all ranks.
 
     Returns:
-        loss in nats per selected token, perplexity, accuracy, selected tokens, and unigram_entropy: the entropy in nats of the selected tokens' own
-        distribution, which no predictor that ignores the context can beat on them.
+        loss in nats per selected token, perplexity, accuracy, number of selected tokens, and unigram_entropy: the entropy in nats of the
+        distribution of all ordinary tokens in the set. A predictor that ignores the context cannot have a lower loss, whatever it was trained on.
     """
-    loss, right = 0.0, 0
-    counts = np.zeros(stream.maker.tokenizer.vocab_size, np.int64)
+    tokenizer = stream.maker.tokenizer
+    loss, right, selected = 0.0, 0, 0
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
     for batch in stream.batches():
         if not control.sum([int(batch.live.sum())])[0]:
             break
         for micro in stream.collate(batch):
             part_loss, part_right = forward(micro)
             loss, right = loss + float(part_loss.double()), right + int(part_right)
-        counts += np.bincount(batch.rows.labels, minlength=len(counts))
-    right = control.sum([right])[0]
+        selected += batch.selected
+        counts += np.bincount(batch.rows.original_ids(), minlength=len(counts))
+    right, selected = control.sum([right, selected])
     counts = np.asarray(control.sum(counts.tolist()))
     losses = control.gather(loss)
     if losses is None:
         return {}
-    selected = int(counts.sum())
     mean = math.fsum(losses) / max(1, selected)
-    shares = counts[counts > 0] / max(1, selected)
+    counts[tokenizer.special] = 0
+    shares = counts[counts > 0] / max(1, counts.sum())
     return {
         "loss": mean,
         "perplexity": math.exp(min(mean, 80.0)),

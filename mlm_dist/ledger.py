@@ -33,7 +33,9 @@ class Ledger:
             except json.JSONDecodeError:  # a last line torn by a crash: its step was not taken
                 continue
             if record.get("kind") == "data_loss":
-                faults.append({k: record[k] for k in ("epoch", "block", "shard", "offset", "whole", "documents", "cause")})
+                faults.append(
+                    {k: record[k] for k in ("epoch", "block", "shard", "offset", "whole", "documents", "cause")}
+                )
         return cls(faults)
 
     def add(self, faults: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,9 +63,16 @@ class Ledger:
             lost[fault["epoch"]] += fault["documents"]
         for epoch, count in lost.items():
             if count > max_bad_fraction * documents:
-                listing = [f"  {f['shard']} at byte {f['offset']}: {f['documents']} document(s), {f['cause']}" for f in self.faults if f["epoch"] == epoch]
-                shown = listing[:50] + ([f"  and {len(listing) - 50} more in events.jsonl"] if len(listing) > 50 else [])
+                listing = [
+                    f"  {f['shard']} at byte {f['offset']}: {f['documents']} document(s), {f['cause']}"
+                    for f in self.faults
+                    if f["epoch"] == epoch
+                ]
+                shown = listing[:50] + (
+                    [f"  and {len(listing) - 50} more in events.jsonl"] if len(listing) > 50 else []
+                )
                 return (
-                    f"{count} of {documents} documents of epoch {epoch} are lost, more than data.max_bad_fraction {max_bad_fraction} allows:\n" + "\n".join(shown)
+                    f"{count} of {documents} documents of epoch {epoch} are lost, more than data.max_bad_fraction {max_bad_fraction} allows:\n"
+                    + "\n".join(shown)
                 )
         return ""

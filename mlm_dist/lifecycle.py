@@ -86,7 +86,9 @@ class RunDir:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"run.dir: {str(self.path)!r} cannot be written ({error.strerror}). Give a directory that you may write as --run.dir.") from error
+            raise UserError(
+                f"run.dir: {str(self.path)!r} cannot be written ({error.strerror}). Give a directory that you may write as --run.dir."
+            ) from error
 
     def acquire(self) -> None:
         """Take the lock; sets ``attempt``, ``last_status`` to what the attempt before left, and ``died`` to the stale lock that was taken over, if one was.
@@ -139,9 +141,21 @@ class RunDir:
 
     def status(self, state: State, step: int, reason: str = "", requeue: bool = False) -> None:
         """Write status.json, the truth about how the run stands."""
-        write_json(self.path / "status.json", {"state": state, "requeue": requeue, "step": step, "reason": reason, "attempt": self.attempt, "time": time.time()})
+        write_json(
+            self.path / "status.json",
+            {
+                "state": state,
+                "requeue": requeue,
+                "step": step,
+                "reason": reason,
+                "attempt": self.attempt,
+                "time": time.time(),
+            },
+        )
 
-    def check_identity(self, identity: dict[str, Any], guarded: dict[str, Any], allow: list[str]) -> dict[str, list[Any]]:
+    def check_identity(
+        self, identity: dict[str, Any], guarded: dict[str, Any], allow: list[str]
+    ) -> dict[str, list[Any]]:
         """Hold the run to what its directory was made with; the first attempt records it.
 
         Returns:
@@ -159,7 +173,9 @@ class RunDir:
         if wrong:
             raise UserError(
                 f"run {str(self.path)!r} belongs to a different config:\n"
-                + "\n".join(f"  {k}: the run has {_short(old)}, this start has {_short(new)}" for k, (old, new) in wrong.items())
+                + "\n".join(
+                    f"  {k}: the run has {_short(old)}, this start has {_short(new)}" for k, (old, new) in wrong.items()
+                )
                 + "\nGive these values back, or start another run with --run.name."
             )
         changed = {k: [recorded["guarded"].get(k), v] for k, v in guarded.items() if recorded["guarded"].get(k) != v}
@@ -167,7 +183,10 @@ class RunDir:
         if refused:
             raise UserError(
                 f"run {str(self.path)!r} was started with other values:\n"
-                + "\n".join(f"  {k}: the run has {_short(old)}, this start has {_short(new)}" for k, (old, new) in refused.items())
+                + "\n".join(
+                    f"  {k}: the run has {_short(old)}, this start has {_short(new)}"
+                    for k, (old, new) in refused.items()
+                )
                 + "\nTo change them on purpose add "
                 + " ".join(f"--allow_change {k}" for k in refused)
             )
@@ -178,7 +197,11 @@ class RunDir:
     def claim_failure(self) -> bool:
         """True for the first rank of this attempt that fails: it shows its traceback, the others only say that they follow."""
         try:
-            os.close(os.open(self.path / "logs" / f"attempt_{self.attempt}.failed", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            os.close(
+                os.open(
+                    self.path / "logs" / f"attempt_{self.attempt}.failed", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644
+                )
+            )
         except FileExistsError:
             return False
         except OSError:
@@ -211,9 +234,21 @@ def environment() -> dict[str, Any]:
             packages[package] = version(package)
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        git = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
         commit = git.stdout.strip()
-    return {"python": platform.python_version(), "platform": platform.platform(), "host": socket.gethostname(), "packages": packages, "commit": commit}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": packages,
+        "commit": commit,
+    }
 
 
 @dataclass

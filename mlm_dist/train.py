@@ -26,11 +26,23 @@ from mlm_dist.data.stream import Batch, Stream, open_stream
 from mlm_dist.engine import Engine
 from mlm_dist.errors import UserError
 from mlm_dist.ledger import DataLoss, Ledger
-from mlm_dist.lifecycle import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR, RunDir, StopFlag, Watcher, environment, stop_signals, write_json
+from mlm_dist.lifecycle import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    RunDir,
+    State,
+    StopFlag,
+    Watcher,
+    environment,
+    stop_signals,
+    write_json,
+)
 from mlm_dist.model import bert
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.optim import lr_factor
-from mlm_dist.tracking import Tracker, read_metrics
+from mlm_dist.tracking import Tracker
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
 OTHERS_WAIT_S = 5.0
@@ -49,13 +61,20 @@ class Inputs:
                 f"train.global_batch: {config.train.global_batch} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
             )
         self.template = ds_config.load_template(config.deepspeed.config)
-        self.ds_config = ds_config.merge(self.template, precision=config.train.precision, clip=config.train.clip, micro_batch=config.train.micro_batch)
+        self.ds_config = ds_config.merge(
+            self.template,
+            precision=config.train.precision,
+            clip=config.train.clip,
+            micro_batch=config.train.micro_batch,
+        )
         self.manifest = Manifest.read(config.data.manifest)
         self.manifest.check_files()
         self.val_manifest = Manifest.read(config.data.val_manifest) if config.data.val_manifest else None
         self.pretrained_tokenizer = tokenizers.load_pretrained(config.data.tokenizer)
         self.tokenizer = tokenizers.from_pretrained(self.pretrained_tokenizer)
-        self.bert_config = bert.load_config(config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id)
+        self.bert_config = bert.load_config(
+            config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
+        )
         bert.check_vocabulary(config.model, self.pretrained_tokenizer.get_vocab())
         bert.check_fit(self.bert_config, vocab_size=self.tokenizer.vocab_size, seq_len=config.data.seq_len)
 
@@ -96,7 +115,9 @@ class Inputs:
 class Run:
     """One attempt of a run on one rank."""
 
-    def __init__(self, invocation: Invocation, inputs: Inputs, topology: distributed.Topology, control: distributed.ControlGroup):
+    def __init__(
+        self, invocation: Invocation, inputs: Inputs, topology: distributed.Topology, control: distributed.ControlGroup
+    ):
         self.config, self.inputs, self.topology, self.control = invocation.config, inputs, topology, control
         self.allow_change = invocation.allow_change
         self.dir = RunDir(self.config.run.path())
@@ -141,7 +162,12 @@ class Run:
         except BaseException:
             self.dir.release()
             raise
-        return {"attempt": self.dir.attempt, "checkpoint": found, "finished": finished, "lost": list(self.ledger.lost_blocks())}
+        return {
+            "attempt": self.dir.attempt,
+            "checkpoint": found,
+            "finished": finished,
+            "lost": list(self.ledger.lost_blocks()),
+        }
 
     def _describe(self, changed: dict[str, list[Any]]) -> None:
         """Write down what the attempt is made from, so that the directory alone tells it."""
@@ -154,8 +180,15 @@ class Run:
         if self.dir.died is not None:
             self.console.say(f"attempt {self.dir.died.get('attempt')} died without a word; its lock is taken over")
         if changed:
-            self.console.say("changed by --allow_change: " + ", ".join(f"{k} from {old} to {new}" for k, (old, new) in changed.items()))
-        self.attempt_facts = {"world_size": self.topology.world_size, "stage": inputs.ds_config["zero_optimization"]["stage"], "changed": changed}
+            self.console.say(
+                "changed by --allow_change: "
+                + ", ".join(f"{k} from {old} to {new}" for k, (old, new) in changed.items())
+            )
+        self.attempt_facts = {
+            "world_size": self.topology.world_size,
+            "stage": inputs.ds_config["zero_optimization"]["stage"],
+            "changed": changed,
+        }
 
     def build(self, path: Path | None) -> None:
         """Model, engine and stream, as new or as the checkpoint ``path`` left them."""
@@ -184,7 +217,9 @@ class Run:
             self.step = self.saved_step = state["step"]
             self.tokens, self.bytes, self.skipped = state["tokens"], state["bytes"], state["skipped"]
             self.cursors, self.wandb_id = np.asarray(state["cursors"], np.int64), state["wandb_id"]
-        self.writer = checkpoint.Writer(self.dir.path, config.checkpoint, self.topology.rank, self.topology.world_size, self.dir.attempt)
+        self.writer = checkpoint.Writer(
+            self.dir.path, config.checkpoint, self.topology.rank, self.topology.world_size, self.dir.attempt
+        )
 
     def announce(self) -> None:
         """Rank 0: open the tracking and say what is about to happen."""
@@ -213,17 +248,22 @@ class Run:
             f"{len(manifest.shards)} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
             f"{stream.micro_batches(self.step)} micro-batches of {config.train.micro_batch} on each rank"
         )
-        even = [w for w in range(1, 2 * world + 1) if stream.order.lanes % w == 0 and config.train.global_batch % w == 0]
+        even = [
+            w for w in range(1, 2 * world + 1) if stream.order.lanes % w == 0 and config.train.global_batch % w == 0
+        ]
         if stream.fill() < 0.95:
             self.console.say(
-                f"note: {stream.fill():.0%} of the micro-batch places hold a row; {stream.order.lanes} lanes and {config.train.global_batch} rows divide evenly "
+                f"note: {stream.fill():.0%} of the micro-batch places hold a row; {stream.order.lanes} lanes and "
+                f"{config.train.global_batch} rows divide evenly "
                 f"over {', '.join(map(str, even))} ranks (micro-batches of {config.train.micro_batch})"
             )
         if config.train.epochs is not None:
             fill = stream.order.tail_fill(config.train.epochs)
             self.console.say(f"lanes are {fill:.0%} full in the last tenth of the run")
             if fill < 0.8:
-                self.console.say("note: lanes end unevenly; prepare the data with smaller blocks (--block-size), or set fewer data.lanes")
+                self.console.say(
+                    "note: lanes end unevenly; prepare the data with smaller blocks (--block-size), or set fewer data.lanes"
+                )
 
     # ---- the loop ----
 
@@ -249,22 +289,37 @@ class Run:
             batch = next(batches)
             micro_batches = self.stream.collate(batch)
             meter.wait_ends()
-            mine = [batch.selected, batch.tokens, batch.bytes, int(batch.live.sum()), int(self.flag.wanted), int(self.flag.requeue), len(batch.faults)]
+            mine = [
+                batch.selected,
+                batch.tokens,
+                batch.bytes,
+                int(batch.live.sum()),
+                int(self.flag.wanted),
+                int(self.flag.requeue),
+                len(batch.faults),
+            ]
             selected, tokens, batch_bytes, live, stop, requeue, faults = self.control.sum(mine)
             if faults:
                 self._record_faults(batch)
             if not live:
                 break
             result = None
-            lr = config.optim.lr * lr_factor(self.step, self.progress(), warmup=config.optim.warmup, schedule=config.optim.schedule)
+            lr = config.optim.lr * lr_factor(
+                self.step, self.progress(), warmup=config.optim.warmup, schedule=config.optim.schedule
+            )
             if selected:
-                seeds = [keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank) for i in range(len(micro_batches))]
+                seeds = [
+                    keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank)
+                    for i in range(len(micro_batches))
+                ]
                 result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
             in_a_row = 0 if result is not None and not result.skipped else in_a_row + 1
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
             self.cursors = batch.cursors
             if in_a_row:
-                self._record_skip(in_a_row, "no token was selected" if result is None else "loss or gradient is not finite")
+                self._record_skip(
+                    in_a_row, "no token was selected" if result is None else "loss or gradient is not finite"
+                )
             if self.step % config.track.every == 0 or self.step in (1, config.train.steps):
                 self._log(result, selected, lr, meter)
             if config.eval.every and self.step % config.eval.every == 0:
@@ -298,7 +353,9 @@ class Run:
             assert self.tracker is not None
             for fault in self.ledger.add(fault for part in gathered for fault in part):
                 self.tracker.event({"kind": "data_loss", "step": self.step, **fault})
-                self.console.say(f"lost {fault['documents']} document(s) of {fault['shard']} at byte {fault['offset']}: {fault['cause']}")
+                self.console.say(
+                    f"lost {fault['documents']} document(s) of {fault['shard']} at byte {fault['offset']}: {fault['cause']}"
+                )
             verdict = self.ledger.verdict(self.inputs.manifest.num_documents, self.config.data.max_bad_fraction)
         verdict = self.control.broadcast(verdict)
         if verdict:
@@ -323,7 +380,8 @@ class Run:
             return
         loss = math.fsum(p[0] for p in parts) / selected if selected else math.nan
         epoch = self.bytes / self.inputs.manifest.num_bytes
-        record = {
+        progress = self.progress()
+        record: dict[str, Any] = {
             "kind": "train",
             "step": self.step,
             "loss": loss,
@@ -336,14 +394,14 @@ class Run:
             "data_wait": wait,
             "step_time": step_time,
             "epoch": epoch,
-            "progress": self.progress(),
+            "progress": progress,
             "memory_gib": _peak_memory_gib(self.topology),
             "selected": selected,
             "skipped": self.skipped,
         }
         self.tracker.log({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         self.dir.status("running", self.step)
-        self.console.train(self.step, epoch, record["progress"], loss, rate, lr)
+        self.console.train(self.step, epoch, progress, loss, rate, lr)
 
     def validate(self) -> None:
         """Measure the validation set, if there is one, and log it."""
@@ -361,11 +419,16 @@ class Run:
         """Start a checkpoint of the state after ``step`` steps. Collective."""
         engine = self.engine
         shapes = engine.shapes()
-        keys = {f"param/{n}": s.numel() for n, s in shapes.items()} | {f"state/{k}/{n}": s.numel() for k in engine.state_keys() for n, s in shapes.items()}
+        keys = {f"param/{n}": s.numel() for n, s in shapes.items()} | {
+            f"state/{k}/{n}": s.numel() for k in engine.state_keys() for n, s in shapes.items()
+        }
         owners = checkpoint.assign(keys, self.topology.world_size)
         mine = {}
         for n in engine.names():
-            for key, tensor in [(f"param/{n}", engine.gather_parameter(n)), *((f"state/{k}/{n}", engine.gather_state(k, n)) for k in engine.state_keys())]:
+            for key, tensor in [
+                (f"param/{n}", engine.gather_parameter(n)),
+                *((f"state/{k}/{n}", engine.gather_state(k, n)) for k in engine.state_keys()),
+            ]:
                 if owners[key] == self.topology.rank:
                     mine[key] = tensor.contiguous()
         cursors = self.control.gather(self.cursors)
@@ -395,17 +458,20 @@ class Run:
         requeue = any(self.control.broadcast(self.control.gather(self.flag.requeue)) or [])
         if self.is_first:
             assert self.tracker is not None
-            state = "finished" if code == EXIT_FINISHED else ("preempted" if requeue else "cancelled")
+            state: State = "finished" if code == EXIT_FINISHED else ("preempted" if requeue else "cancelled")
             reason = "" if code == EXIT_FINISHED else self.flag.reason
             self.tracker.event({"kind": state, "step": self.step, "reason": reason})
-            self.tracker.finish(0)
+            # The truth first: W&B may take its time.
             self.dir.status(state, self.step, reason, requeue and code == EXIT_STOPPED)
+            self.tracker.finish(0)
             self.dir.release()
             where = f"checkpoint {self.dir.path / 'checkpoints' / checkpoint.name(self.step)}"
             if code == EXIT_FINISHED:
                 self.console.say(f"finished after {self.step} steps and {self.tokens:,} tokens; {where}")
             else:
-                self.console.say(f"stopped at step {self.step} ({reason}); {where}; the same command goes on from there")
+                self.console.say(
+                    f"stopped at step {self.step} ({reason}); {where}; the same command goes on from there"
+                )
         self.control.barrier()
         return code
 
@@ -414,13 +480,17 @@ class Run:
         first = self.dir.claim_failure() if self.dir.attempt else self.is_first
         reason = f"rank {self.topology.rank}: {type(error).__name__}: {error}"
         (self.dir.path / "logs").mkdir(parents=True, exist_ok=True)
-        with (self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{self.topology.rank}.traceback").open("w") as file:
+        with (self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{self.topology.rank}.traceback").open(
+            "w"
+        ) as file:
             traceback.print_exception(error, file=file)
         if first:
             traceback.print_exception(error)
             self.dir.status("failed", self.step, reason)
         else:
-            print(f"rank {self.topology.rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr)
+            print(
+                f"rank {self.topology.rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr
+            )
         if self.tracker:
             self.tracker.finish(1)
         self.dir.release()
@@ -475,7 +545,9 @@ def run(invocation: Invocation) -> int:
     attempt = Run(invocation, inputs, topology, control)
     path = attempt.open()
     if attempt.finished_before:
-        attempt.console.say(f"run {attempt.dir.path} is finished; nothing to do. To train on, raise train.steps or train.epochs with --allow_change.")
+        attempt.console.say(
+            f"run {attempt.dir.path} is finished; nothing to do. To train on, raise train.steps or train.epochs with --allow_change."
+        )
         attempt.dir.release()
         distributed.shutdown()
         return EXIT_FINISHED

@@ -26,7 +26,10 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 def save_tokenizer(path: Path) -> Path:
     """A fast BERT tokenizer over WORDS and the digits; ids 0 to 4 are special, 5 is an unused slot."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, "[unused0]", *WORDS, *"0123456789", *[f"##{d}" for d in "0123456789"]])}
+    vocab = {
+        token: i
+        for i, token in enumerate([*SPECIAL, "[unused0]", *WORDS, *"0123456789", *[f"##{d}" for d in "0123456789"]])
+    }
     backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -39,10 +42,20 @@ def save_tokenizer(path: Path) -> Path:
 def documents(n: int, seed: int = 0, longest: int = 120) -> list[str]:
     """n different documents of 1 to ``longest`` words; each begins with its number."""
     rng = random.Random(seed)
-    return [" ".join([str(i), *rng.choices(WORDS, weights=range(len(WORDS), 0, -1), k=rng.randint(1, longest))]) for i in range(n)]
+    return [
+        " ".join([str(i), *rng.choices(WORDS, weights=range(len(WORDS), 0, -1), k=rng.randint(1, longest))])
+        for i in range(n)
+    ]
 
 
-def save_corpus(root: Path, texts: Sequence[str], shards: int = 3, per_member: int = 4, members_per_block: int = 1, name: str = "manifest.json") -> Path:
+def save_corpus(
+    root: Path,
+    texts: Sequence[str],
+    shards: int = 3,
+    per_member: int = 4,
+    members_per_block: int = 1,
+    name: str = "manifest.json",
+) -> Path:
     """Write the texts as .jsonl members over ``shards`` tars of unequal size; returns the manifest's path."""
     root.mkdir(parents=True, exist_ok=True)
     weights = np.arange(1, shards + 1)

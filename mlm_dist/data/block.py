@@ -111,7 +111,9 @@ class BlockMaker:
             if fd is None:
                 if len(self._files) >= MAX_OPEN_SHARDS:
                     os.close(self._files.pop(next(iter(self._files))))
-                fd = self._files[shard_index] = os.open(self.manifest.shard_path(shard_index), os.O_RDONLY | os.O_CLOEXEC)
+                fd = self._files[shard_index] = os.open(
+                    self.manifest.shard_path(shard_index), os.O_RDONLY | os.O_CLOEXEC
+                )
             parts = []
             while length > 0 and (part := os.pread(fd, length, offset)):
                 parts.append(part)

@@ -42,7 +42,9 @@ def digests(rows: Rows) -> tuple[str, str]:
             h.update(b"|")
         return h.hexdigest()
 
-    return digest(rows.lengths, rows.segments, rows.segment_lengths, rows.ids), digest(rows.selected, rows.positions, rows.labels)
+    return digest(rows.lengths, rows.segments, rows.segment_lengths, rows.ids), digest(
+        rows.selected, rows.positions, rows.labels
+    )
 
 
 def render(rows: Rows, row: int, tokenizer: TextTokenizer, colour: bool) -> list[str]:
@@ -58,7 +60,9 @@ def render(rows: Rows, row: int, tokenizer: TextTokenizer, colour: bool) -> list
                 word = f"{seen}{{{tokenizer.decode_token(truth[i])}}}"
                 words.append(f"{ESCAPES['label']}{word}{ESCAPES['end']}" if colour else word)
             else:
-                words.append(f"{ESCAPES['dim']}{seen}{ESCAPES['end']}" if colour and i in (place, place + length - 1) else seen)
+                words.append(
+                    f"{ESCAPES['dim']}{seen}{ESCAPES['end']}" if colour and i in (place, place + length - 1) else seen
+                )
         lines.append(" ".join(words))
         place += length
     return lines
@@ -69,7 +73,9 @@ def parse_steps(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     start, stop = (int(match[1]), int(match[2]) if match[2] else int(match[1]) + 1) if match else (0, 0)
     if start >= stop:
-        raise UserError(f"--steps: {text!r} is not a range of steps; write A:B with A < B (B is not included), or one step.")
+        raise UserError(
+            f"--steps: {text!r} is not a range of steps; write A:B with A < B (B is not included), or one step."
+        )
     return start, stop
 
 
@@ -128,7 +134,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     for step, rows in global_rows(streams, args.step, args.step + 1):
         for row in range(min(args.rows, len(rows))):
-            print(f"step {step} row {row}: {rows.lengths[row]} tokens, {rows.segments[row]} segments, {rows.selected[row]} labels")
+            print(
+                f"step {step} row {row}: {rows.lengths[row]} tokens, {rows.segments[row]} segments, {rows.selected[row]} labels"
+            )
             for line in render(rows, row, tokenizer, colour=sys.stdout.isatty()):
                 print(f"  {line}")
     return 0

@@ -35,10 +35,14 @@ class MaskConfig:
         if not 0.0 < self.rate < 1.0:
             raise UserError(f"mask.rate: {self.rate} is not a probability between 0 and 1; BERT uses 0.15.")
         if min(self.split) < 0 or abs(sum(self.split) - 1.0) > 1e-6:
-            raise UserError(f"mask.split: {list(self.split)} must be three shares >= 0 that sum to 1; BERT uses [0.8, 0.1, 0.1].")
+            raise UserError(
+                f"mask.split: {list(self.split)} must be three shares >= 0 that sum to 1; BERT uses [0.8, 0.1, 0.1]."
+            )
 
 
-def mask(ids: np.ndarray, tokenizer: TextTokenizer, config: MaskConfig, key: tuple[int | str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def mask(
+    ids: np.ndarray, tokenizer: TextTokenizer, config: MaskConfig, key: tuple[int | str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Mask the tokens of one block.
 
     Args:

@@ -27,7 +27,9 @@ class Pieces:
     truncated: int
 
 
-def pack(offsets: np.ndarray, seq_len: int, packing: Packing, long_documents: LongDocuments, key: tuple[int | str, ...]) -> Pieces:
+def pack(
+    offsets: np.ndarray, seq_len: int, packing: Packing, long_documents: LongDocuments, key: tuple[int | str, ...]
+) -> Pieces:
     """Lay out one block's documents in rows of at most ``seq_len`` tokens.
 
     Args:
@@ -47,7 +49,10 @@ def pack(offsets: np.ndarray, seq_len: int, packing: Packing, long_documents: Lo
     counts = -(-lengths // capacity)
     # Chunks of one document: full ones, then what is left.
     part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts, lengths = np.repeat(starts, counts) + part * capacity, np.minimum(np.repeat(lengths, counts) - part * capacity, capacity)
+    starts, lengths = (
+        np.repeat(starts, counts) + part * capacity,
+        np.minimum(np.repeat(lengths, counts) - part * capacity, capacity),
+    )
     if packing == "none":
         return Pieces(starts, lengths, np.arange(len(starts)), truncated)
     rows = _best_fit(lengths, seq_len, key)

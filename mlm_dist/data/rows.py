@@ -11,7 +11,9 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The concatenation of ``arange(starts[i], starts[i] + lengths[i])``, int64 [lengths.sum()]."""
     lengths = np.asarray(lengths, np.int64)
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) + np.repeat(np.asarray(starts, np.int64) - ends + lengths, lengths)
+    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) + np.repeat(
+        np.asarray(starts, np.int64) - ends + lengths, lengths
+    )
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
@@ -39,6 +41,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def original_ids(self) -> np.ndarray:
+        """The ids before masking, [T]."""
+        ids = self.ids.copy()
+        ids[np.repeat(_starts(self.lengths), self.selected) + self.positions] = self.labels
+        return ids
+
     def take(self, index: np.ndarray) -> "Rows":
         """The rows ``index`` (int64 [K]) in that order."""
         token = ranges(_starts(self.lengths)[index], self.lengths[index])
@@ -56,7 +64,9 @@ class Rows:
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Rows ``start:stop`` as views."""
-        t, g, m = (slice(int(c[:start].sum()), int(c[:stop].sum())) for c in (self.lengths, self.segments, self.selected))
+        t, g, m = (
+            slice(int(c[:start].sum()), int(c[:stop].sum())) for c in (self.lengths, self.segments, self.selected)
+        )
         return Rows(
             ids=self.ids[t],
             lengths=self.lengths[start:stop],

@@ -1,12 +1,14 @@
 """The stream: blocks to global batches, the same whatever the number of ranks and workers, resumable at any batch.
 
-Row g of the run comes from lane g mod lanes; batch k is rows [k * B, (k + 1) * B). Rank r of W serves the lanes c with c mod W == r; its loader worker j owns every n-th of them.
+Row g of the run comes from lane g mod lanes; batch k is rows [k * B, (k + 1) * B). Rank r of W serves the lanes c with c mod W == r;
+its loader worker j owns every n-th of them.
 """
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,9 @@ class DataConfig:
         if self.seq_len < 8:
             raise UserError(f"data.seq_len: {self.seq_len} is too short; use at least 8 (128 and 512 are usual).")
         if self.workers < 0:
-            raise UserError(f"data.workers: {self.workers} is negative; use 0 to read in the training process, or the number of loader processes of a rank.")
+            raise UserError(
+                f"data.workers: {self.workers} is negative; use 0 to read in the training process, or the number of loader processes of a rank."
+            )
         if self.lanes is not None and self.lanes < 1:
             raise UserError(f"data.lanes: {self.lanes} must be at least 1, or null for the default.")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -120,7 +124,15 @@ class Chunk:
 class LaneReader:
     """Gives one lane's rows from a cursor on."""
 
-    def __init__(self, maker: BlockMaker, order: Order, lane: int, epochs: int | None, cursor: Sequence[int], lost: frozenset[tuple[int, int]]):
+    def __init__(
+        self,
+        maker: BlockMaker,
+        order: Order,
+        lane: int,
+        epochs: int | None,
+        cursor: Sequence[int],
+        lost: frozenset[tuple[int, int]],
+    ):
         self.maker, self.order, self.lane, self.epochs, self.lost = maker, order, lane, epochs, lost
         self.epoch, self.position, self.row = (int(c) for c in cursor)
         self._rows: Rows | None = None
@@ -202,7 +214,15 @@ class LaneDataset(IterableDataset):
         cursors: np.ndarray,
         lost: frozenset[tuple[int, int]],
     ):
-        self.maker, self.order, self.lanes, self.epochs, self.first_row, self.cursors, self.lost = maker, order, list(lanes), epochs, first_row, cursors, lost
+        self.maker, self.order, self.lanes, self.epochs, self.first_row, self.cursors, self.lost = (
+            maker,
+            order,
+            list(lanes),
+            epochs,
+            first_row,
+            cursors,
+            lost,
+        )
 
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
@@ -210,7 +230,9 @@ class LaneDataset(IterableDataset):
         # All workers of a rank must send the same rounds in a message, so the count comes from the largest of them.
         largest = -(-len(self.lanes) // (info.num_workers if info else 1))
         rounds = max(1, MESSAGE_ROWS // largest)
-        readers = [LaneReader(self.maker, self.order, lane, self.epochs, self.cursors[lane], self.lost) for lane in lanes]
+        readers = [
+            LaneReader(self.maker, self.order, lane, self.epochs, self.cursors[lane], self.lost) for lane in lanes
+        ]
         start = self.first_row // self.order.lanes
         while True:
             index = [np.arange(start, start + rounds) * self.order.lanes + lane for lane in lanes]
@@ -301,7 +323,9 @@ class Stream:
         places = sum(self.micro_batches(k) for k in range(steps)) * self.micro_batch * self.world_size
         return steps * self.global_batch / places
 
-    def batches(self, start: int = 0, cursors: np.ndarray | None = None, lost: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Batch]:
+    def batches(
+        self, start: int = 0, cursors: np.ndarray | None = None, lost: frozenset[tuple[int, int]] = frozenset()
+    ) -> Generator[Batch, None, None]:
         """Batches ``start``, ``start + 1``, ... without end; after the lanes' end their rows are not live.
 
         Args:
@@ -310,7 +334,9 @@ class Stream:
         """
         cursors = (self.start_cursors() if cursors is None else cursors).copy()
         if len(cursors) != self.order.lanes:
-            raise UserError(f"data.lanes: the checkpoint has {len(cursors)} lanes, this run {self.order.lanes}; lanes are fixed for the life of a run.")
+            raise UserError(
+                f"data.lanes: the checkpoint has {len(cursors)} lanes, this run {self.order.lanes}; lanes are fixed for the life of a run."
+            )
         lanes = list(range(self.rank, self.order.lanes, self.world_size))
         chunks = self._chunks(lanes, start * self.global_batch, cursors, lost)
         buffer: Chunk | None = None
@@ -345,7 +371,9 @@ class Stream:
         none = np.zeros(0, np.int64)
         return Chunk(self.maker.no_rows(), none, np.zeros((0, 3), np.int64), none, none.astype(bool), [])
 
-    def _chunks(self, lanes: list[int], first_row: int, cursors: np.ndarray, lost: frozenset[tuple[int, int]]) -> Iterator[Chunk]:
+    def _chunks(
+        self, lanes: list[int], first_row: int, cursors: np.ndarray, lost: frozenset[tuple[int, int]]
+    ) -> Iterator[Chunk]:
         if not lanes:
             return
         dataset = LaneDataset(self.maker, self.order, lanes, self.epochs, first_row, cursors, lost)
@@ -353,7 +381,14 @@ class Stream:
         if not workers:
             yield from dataset
             return
-        loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH, worker_init_fn=_worker_signals, collate_fn=_as_is)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH,
+            worker_init_fn=_worker_signals,
+            collate_fn=_as_is,
+        )
         messages = iter(loader)
         while True:
             # In order, the loader gives one message of each worker in turn.
@@ -369,7 +404,7 @@ class Stream:
         return out
 
 
-def _as_is(chunk: Chunk) -> Chunk:
+def _as_is(chunk: Any) -> Any:
     return chunk
 
 

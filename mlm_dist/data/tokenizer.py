@@ -76,10 +76,14 @@ def load_pretrained(name_or_path: str) -> "PreTrainedTokenizerFast":
             "Give a directory in transformers' format (mlm-dist tokenizer makes one) or a hub name that this machine can reach or has cached."
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"data.tokenizer: {name_or_path!r} has no fast (tokenizers) form; give one with a tokenizer.json.")
+        raise UserError(
+            f"data.tokenizer: {name_or_path!r} has no fast (tokenizers) form; give one with a tokenizer.json."
+        )
     missing = [n for n in ("cls", "sep", "pad", "mask", "unk") if getattr(tokenizer, f"{n}_token_id") is None]
     if missing:
-        raise UserError(f"data.tokenizer: {name_or_path!r} has no {', '.join(missing)} token; a BERT tokenizer has all of cls, sep, pad, mask, unk.")
+        raise UserError(
+            f"data.tokenizer: {name_or_path!r} has no {', '.join(missing)} token; a BERT tokenizer has all of cls, sep, pad, mask, unk."
+        )
     return tokenizer
 
 
@@ -97,9 +101,14 @@ def from_pretrained(tokenizer: "PreTrainedTokenizerFast") -> TextTokenizer:
     vocab_size = len(tokenizer)
     special = np.unique(np.asarray(tokenizer.all_special_ids, np.int64))
     unused = [i for token, i in tokenizer.get_vocab().items() if token.startswith("[unused") and token.endswith("]")]
-    ordinary = np.setdiff1d(np.asarray(sorted(tokenizer.get_vocab().values()), np.int64), np.concatenate([special, np.asarray(unused, np.int64)]))
+    ordinary = np.setdiff1d(
+        np.asarray(sorted(tokenizer.get_vocab().values()), np.int64),
+        np.concatenate([special, np.asarray(unused, np.int64)]),
+    )
     if not len(ordinary):
-        raise UserError(f"data.tokenizer: {tokenizer.name_or_path!r} has no ordinary token, only {vocab_size} special ones.")
+        raise UserError(
+            f"data.tokenizer: {tokenizer.name_or_path!r} has no ordinary token, only {vocab_size} special ones."
+        )
     return TextTokenizer(
         backend=backend,
         cls_id=tokenizer.cls_token_id,

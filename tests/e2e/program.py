@@ -33,7 +33,12 @@ def save_config(folder: Path, **sections: dict[str, Any]) -> Path:
     val = save_corpus(folder / "corpus", documents(40, seed=1), shards=1, name="val.json")
     config: dict[str, dict[str, Any]] = {
         "run": {"dir": str(folder / "runs"), "name": "run"},
-        "data": {"manifest": str(train), "val_manifest": str(val), "tokenizer": str(folder / "tokenizer"), "seq_len": 32},
+        "data": {
+            "manifest": str(train),
+            "val_manifest": str(val),
+            "tokenizer": str(folder / "tokenizer"),
+            "seq_len": 32,
+        },
         "model": {"init": "config", "config": SIZES},
         "train": {"steps": 12, "global_batch": 12, "micro_batch": 3, "precision": "fp32", "timeout": 60.0},
         "optim": {"lr": 1e-3, "warmup": 0.25},
@@ -73,7 +78,9 @@ class Program:
             with self.log(rank).open("wb") as log:
                 command = [sys.executable, "-m", "mlm_dist.train", "--config", str(self.config), *self.flags]
                 # A group of its own: the loader workers die with their rank.
-                self.ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True))
+                self.ranks.append(
+                    subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+                )
         return self
 
     def log(self, rank: int) -> Path:

@@ -32,11 +32,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def maker(manifest: Manifest, tokenizer: TextTokenizer, **changes: object) -> BlockMaker:
-    base = BlockMaker(manifest, tokenizer, seq_len=32, packing="split", long_documents="chunk", mask=MaskConfig(), seed=7)
+    base = BlockMaker(
+        manifest, tokenizer, seq_len=32, packing="split", long_documents="chunk", mask=MaskConfig(), seed=7
+    )
     return replace(base, **changes)
 
 
-def global_batches(made: BlockMaker, world: int, workers: int, start: int, stop: int, batch: int = 12, cursors: np.ndarray | None = None, **kwargs: object) -> list[Rows]:
+def global_batches(
+    made: BlockMaker,
+    world: int,
+    workers: int,
+    start: int,
+    stop: int,
+    batch: int = 12,
+    cursors: np.ndarray | None = None,
+    **kwargs: object,
+) -> list[Rows]:
     """Batches start..stop put together from all ranks, in row order, live rows only."""
     parts: list[list[Batch]] = []
     for rank in range(world):
@@ -55,7 +66,15 @@ def global_batches(made: BlockMaker, world: int, workers: int, start: int, stop:
 
 def digest(rows: Rows) -> str:
     h = hashlib.sha256()
-    for part in (rows.ids, rows.lengths, rows.segment_lengths, rows.segments, rows.positions, rows.labels, rows.selected):
+    for part in (
+        rows.ids,
+        rows.lengths,
+        rows.segment_lengths,
+        rows.segments,
+        rows.positions,
+        rows.labels,
+        rows.selected,
+    ):
         h.update(np.ascontiguousarray(part).tobytes())
     return h.hexdigest()
 
@@ -105,7 +124,9 @@ def words(texts: list[str], tokenizer: TextTokenizer) -> list[list[str]]:
 
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
 @pytest.mark.parametrize(("world", "workers", "lanes"), [(1, 0, 3), (2, 2, 5), (4, 0, 3)])
-def test_each_document_once_an_epoch(corpus: Manifest, tokenizer: TextTokenizer, packing: str, world: int, workers: int, lanes: int) -> None:
+def test_each_document_once_an_epoch(
+    corpus: Manifest, tokenizer: TextTokenizer, packing: str, world: int, workers: int, lanes: int
+) -> None:
     made = maker(corpus, tokenizer, seq_len=400, packing=packing, mask=NO_MASK)
     rows = global_batches(made, world, workers, 0, 80, lanes=lanes, epochs=2)
     assert contents(rows, tokenizer) == Counter({" ".join(tokens): 2 for tokens in words(TEXTS, tokenizer)})
@@ -133,7 +154,9 @@ def test_split_fills_rows(corpus: Manifest, tokenizer: TextTokenizer) -> None:
 def test_best_fit_wastes_less_than_one_piece_a_row(corpus: Manifest, tokenizer: TextTokenizer) -> None:
     fill = {}
     for packing in ("none", "best_fit"):
-        rows = Rows.concat([maker(corpus, tokenizer, seq_len=128, packing=packing).rows(b, 0)[0] for b in range(corpus.num_blocks)])
+        rows = Rows.concat(
+            [maker(corpus, tokenizer, seq_len=128, packing=packing).rows(b, 0)[0] for b in range(corpus.num_blocks)]
+        )
         fill[packing] = rows.lengths.sum() / (128 * len(rows))
     assert fill["best_fit"] > 1.3 * fill["none"]
 
@@ -203,7 +226,10 @@ def test_more_ranks_than_lanes_gives_empty_rows(corpus: Manifest, tokenizer: Tex
     batch = next(stream.batches())
     assert len(batch.rows) == 0
     micro = stream.collate(batch)
-    assert all(m["labels"].numel() == 0 and m["input_ids"][0, :2].tolist() == [tokenizer.cls_id, tokenizer.sep_id] for m in micro)
+    assert all(
+        m["labels"].numel() == 0 and m["input_ids"][0, :2].tolist() == [tokenizer.cls_id, tokenizer.sep_id]
+        for m in micro
+    )
 
 
 def test_collate_marks_segments_and_restarts_positions(corpus: Manifest, tokenizer: TextTokenizer) -> None:
@@ -229,7 +255,9 @@ def test_a_broken_block_is_lost_whole_with_an_exact_count(tmp_path: Path, tokeni
     stream = Stream(made, 12, 4, epochs=1, lanes=3)
     batches = [b for _, b in zip(range(40), stream.batches(), strict=False)]
     faults = [f for b in batches for f in b.faults]
-    assert [(f.shard, f.offset, f.documents, f.whole) for f in faults] == [(shard.path, int(shard.offsets[2]), int(shard.documents[2]), True)]
+    assert [(f.shard, f.offset, f.documents, f.whole) for f in faults] == [
+        (shard.path, int(shard.offsets[2]), int(shard.documents[2]), True)
+    ]
     assert "checksum" in faults[0].cause
     delivered = sum(int(b.live.sum()) for b in batches)
     assert delivered == len(TEXTS) - faults[0].documents
@@ -253,7 +281,9 @@ def test_a_bad_record_loses_itself_only(tmp_path: Path, tokenizer: TextTokenizer
         tar.addfile(info, io.BytesIO(payload))
     data = (tmp_path / "a.tar").read_bytes()
     block = data[:1024]
-    one = [np.asarray([v], t) for v, t in ((0, np.int64), (1024, np.int64), (4, np.int64), (zlib.crc32(block), np.uint32))]
+    one = [
+        np.asarray([v], t) for v, t in ((0, np.int64), (1024, np.int64), (4, np.int64), (zlib.crc32(block), np.uint32))
+    ]
     manifest = Manifest(tmp_path, [Shard("a.tar", len(data), hashlib.sha256(data).hexdigest(), *one)], {})
     rows, faults = maker(manifest, tokenizer, packing="none", mask=NO_MASK).rows(0, 0)
     assert len(rows) == 2
