@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -111,10 +112,13 @@ class Reader:
         """Check size and SHA-256 of every file. Raises CheckpointError."""
         for file, facts in self.index["files"].items():
             path = self.path / file
-            if not path.is_file() or path.stat().st_size != facts["size"]:
-                raise CheckpointError(f"{path}: missing or of a wrong size")
-            if _sha256(path) != facts["sha256"]:
-                raise CheckpointError(f"{path}: its SHA-256 differs from the index")
+            try:
+                if not path.is_file() or path.stat().st_size != facts["size"]:
+                    raise CheckpointError(f"{path}: missing or of a wrong size")
+                if _sha256(path) != facts["sha256"]:
+                    raise CheckpointError(f"{path}: its SHA-256 differs from the index")
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
     def names(self) -> list[str]:
         """Parameter names, as in the stock BertForMaskedLM; a tied decoder weight is stored once, as the embedding."""
@@ -153,14 +157,24 @@ class Reader:
         return self._open[file]
 
 
+def _directories(run_dir: str | Path) -> list[Path]:
+    """Every checkpoint directory of a run, oldest first; names that ``name`` does not give (a copy made by hand, say) are none."""
+    found = Path(run_dir).glob("checkpoints/step_*")
+    return sorted((p for p in found if re.fullmatch(r"step_\d{8,}", p.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def committed(run_dir: str | Path) -> list[Path]:
     """Checkpoint directories of a run that bear a COMMIT, oldest first."""
-    return sorted(p.parent for p in Path(run_dir).glob("checkpoints/step_*/COMMIT"))
+    return [p for p in _directories(run_dir) if (p / "COMMIT").exists()]
 
 
 def newest(run_dir: str | Path, warn: Callable[[str], None] = lambda _message: None) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; damaged ones are passed over and ``warn`` is told why."""
-    for path in reversed(committed(run_dir)):
+    for path in reversed(_directories(run_dir)):
         try:
             Reader(path).verify()
             return path
@@ -277,7 +291,7 @@ class Writer:
                 shutil.rmtree(final)
             temporary.rename(final)
             _sync_directory(self.root)
-            self._retain()
+            self._retain(step)
 
     def _parts(self, temporary: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Wait for every rank's part; (file name, size and checksum) of each."""
@@ -294,11 +308,11 @@ class Writer:
             yield self._part_name(rank), json.loads(facts.read_text())
             facts.unlink()
 
-    def _retain(self) -> None:
-        paths = committed(self.root.parent)
+    def _retain(self, newest_step: int) -> None:
+        # A later one was passed over as damaged, or this one would not be written: it must not count as kept.
+        paths = [p for p in committed(self.root.parent) if _step(p) <= newest_step]
         for path in paths[: -self.config.keep]:
-            step = int(path.name.removeprefix("step_"))
-            if self.config.keep_every is None or step % self.config.keep_every:
-                # Without its COMMIT it no longer counts, however far the removal comes.
-                (path / "COMMIT").unlink()
-                shutil.rmtree(path, ignore_errors=True)
+            if self.config.keep_every is None or _step(path) % self.config.keep_every:
+                # Renamed it no longer counts, and is cleared by the next attempt however far the removal comes.
+                doomed = path.rename(self.root / f".tmp_old_{path.name}")
+                shutil.rmtree(doomed, ignore_errors=True)

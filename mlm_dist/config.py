@@ -1,7 +1,10 @@
 """The run's configuration: one tree of dataclasses, each section declared beside its owner, read from YAML, ``MLM_*`` variables and flags."""
 
 import difflib
+import math
 import os
+import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -69,9 +72,9 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"train.{key}: {value} must be at least 1.")
-        if self.clip < 0:
-            raise UserError(f"train.clip: {self.clip} must be positive, or 0 for no clipping.")
-        if self.timeout <= 0:
+        if not (math.isfinite(self.clip) and self.clip >= 0):
+            raise UserError(f"train.clip: {self.clip} must be a positive number, or 0 for no clipping.")
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise UserError(f"train.timeout: {self.timeout} must be a positive number of seconds.")
 
 
@@ -167,16 +170,18 @@ def _check_yaml(path: Path) -> None:
 def _check_flags(argv: Sequence[str]) -> None:
     known = known_keys()
     for word in argv:
-        if word.startswith("--") and "." in word:
-            key = word[2:].split("=", 1)[0]
+        key = word.removeprefix("--").split("=", 1)[0]
+        if word.startswith("--") and key.replace("-", "_") != "allow_change":
             if not any(key == k or key.startswith(k + ".") for k in known):
-                raise _unknown("flag", f"--{key}", [f"--{k}" for k in known])
+                raise _unknown("flag", f"--{key}", [f"--{k}" for k in known] + ["--allow_change"])
 
 
 def _check_environment(environ: Mapping[str, str]) -> None:
     known = {ENV_PREFIX + k.upper().replace(".", "__") for k in known_keys()}
+    # MLM_TRAIN_STEPS, one underscore short, must not be passed over in silence; other tools' MLM_ variables may be there.
+    sections = tuple(f"{ENV_PREFIX}{s.name.upper()}_" for s in fields(Config))
     for name in environ:
-        if name.startswith(ENV_PREFIX) and "__" in name and name not in known:
+        if name.startswith(ENV_PREFIX) and ("__" in name or name.startswith(sections)) and name not in known:
             raise _unknown("environment", name, sorted(known))
 
 
@@ -236,7 +241,7 @@ def load(argv: Sequence[str], prog: str = "mlm-dist train") -> Invocation:
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        raise UserError(" ".join(str(error).replace("Parser key ", "").split())) from error
+        raise UserError(_wrong_value(" ".join(str(error).split()))) from error
     config = Config(**{s.name: sections[s.name](**_section(namespace[s.name])) for s in fields(Config)})
     if config.run.name is None:
         config.run.name = Path(path).stem if path else "run"
@@ -246,6 +251,27 @@ def load(argv: Sequence[str], prog: str = "mlm-dist train") -> Invocation:
         if key not in GUARDED:
             raise UserError(f"--allow_change: {key!r} cannot be allowed; the keys that can are {', '.join(GUARDED)}.")
     return Invocation(config, allow)
+
+
+def _wrong_value(message: str) -> str:
+    """jsonargparse's complaint in the words of the user: the key, its value and what would be right."""
+    found = re.search(r'"(\w+)\.(\w+)": .*(?:Got value|Given value): (.*)$', message)
+    if not found or f"{found[1]}.{found[2]}" not in known_keys():
+        return message
+    hint = typing.get_type_hints(typing.get_type_hints(Config)[found[1]])[found[2]]
+    return f"{found[1]}.{found[2]}: {found[3]!r} is wrong; it must be {_in_words(hint)}."
+
+
+def _in_words(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(part) for part in parts)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin is tuple:
+        return f"a list of {len(parts)} numbers"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes if it looks like a number)"}
+    return {**words, dict: "keys with their values", types.NoneType: "null"}[origin or hint]
 
 
 def _section(values: Any) -> dict[str, Any]:

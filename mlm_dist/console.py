@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class RunConsole:
@@ -29,10 +29,8 @@ class RunConsole:
             columns = (
                 TextColumn("epoch {task.fields[epoch]:.2f}  step {task.fields[step]}"),
                 BarColumn(bar_width=None),
-                TextColumn("{task.percentage:>3.0f}%  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s  left"),
+                TimeRemainingColumn(compact=True),
             )
             self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
             self._bar.start()

@@ -52,12 +52,14 @@ def validate(
 
     Returns:
         loss in nats per selected token, perplexity, accuracy, number of selected tokens, and unigram_entropy: the entropy in nats of the
-        distribution of all ordinary tokens in the set. A predictor that ignores the context cannot have a lower loss, whatever it was trained on.
+        distribution of all ordinary tokens in the set (a predictor that ignores the context cannot have a lower loss, whatever it was trained
+        on); lost_documents: how many of the set could not be read, and so count in none of the others.
     """
     tokenizer = stream.maker.tokenizer
-    loss, right, selected = 0.0, 0, 0
+    loss, right, selected, lost = 0.0, 0, 0, 0
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for batch in stream.batches():
+        lost += sum(fault.documents for fault in batch.faults)
         if not control.sum([int(batch.live.sum())])[0]:
             break
         for micro in stream.collate(batch):
@@ -65,7 +67,7 @@ def validate(
             loss, right = loss + float(part_loss.double()), right + int(part_right)
         selected += batch.selected
         counts += np.bincount(batch.rows.original_ids(), minlength=len(counts))
-    right, selected = control.sum([right, selected])
+    right, selected, lost = control.sum([right, selected, lost])
     counts = np.asarray(control.sum(counts.tolist()))
     losses = control.gather(loss)
     if losses is None:
@@ -79,4 +81,5 @@ def validate(
         "accuracy": right / max(1, selected),
         "selected": selected,
         "unigram_entropy": float(-(shares * np.log(shares)).sum()),
+        "lost_documents": lost,
     }

@@ -106,9 +106,7 @@ class RunDir:
                     f"Wait for it, or stop it with: mlm-launch cancel {self.path}"
                 )
             self.died = old or {}
-            with contextlib.suppress(FileNotFoundError):  # of two that take over at once, one renames
-                lock.rename(self.path / f".lock-died-{os.getpid()}")
-                (self.path / f".lock-died-{os.getpid()}").unlink()
+            self._remove_dead(lock, old)
         self.last_status = read_json(self.path / "status.json")
         previous = (self.last_status or {}).get("attempt", 0)
         self.attempt = max(previous, (old or {}).get("attempt", 0)) + 1
@@ -122,11 +120,26 @@ class RunDir:
         try:
             fd = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError as error:
-            raise UserError(f"run {str(self.path)!r} was started by someone else at the same moment.") from error
+            raise self._raced() from error
         with os.fdopen(fd, "w") as file:
             json.dump(content, file)
         self._held = True
         (self.path / "stop_request").unlink(missing_ok=True)
+
+    def _raced(self) -> UserError:
+        return UserError(f"run {str(self.path)!r} was started by someone else at the same moment.")
+
+    def _remove_dead(self, lock: Path, old: dict[str, Any] | None) -> None:
+        """Remove the lock that was found dead. Of two starts that do so at once the slower may have moved the other's new lock: it gives it back."""
+        aside = self.path / f".lock-died-{socket.gethostname()}-{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            lock.rename(aside)
+            if read_json(aside) != old:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, lock)
+                aside.unlink()
+                raise self._raced()
+            aside.unlink()
 
     def heartbeat(self) -> None:
         """Say that this attempt is alive, for readers on other hosts."""
@@ -136,7 +149,9 @@ class RunDir:
     def release(self) -> None:
         """Give the lock back."""
         if self._held:
-            (self.path / "lock").unlink(missing_ok=True)
+            # After a long stall another start may have taken it over.
+            if (read_json(self.path / "lock") or {}).get("attempt") == self.attempt:
+                (self.path / "lock").unlink(missing_ok=True)
             self._held = False
 
     def status(self, state: State, step: int, reason: str = "", requeue: bool = False) -> None:
@@ -217,7 +232,9 @@ def _short(value: Any) -> str:
 def _alive(lock: Path, content: dict[str, Any] | None) -> bool:
     if content and content.get("host") == socket.gethostname():
         try:
-            return abs(psutil.Process(content["pid"]).create_time() - content["started"]) < 1.0
+            process = psutil.Process(content["pid"])
+            # A zombie is dead; nobody has asked for its exit code yet.
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - content["started"]) < 1.0
         except psutil.NoSuchProcess:
             return False
     try:

@@ -13,7 +13,7 @@ from mlm_dist.data.stream import Stream
 from mlm_dist.data.tokenizer import TextTokenizer
 from mlm_dist.errors import UserError
 
-ESCAPES = {"mask": "\033[7m", "label": "\033[1;33m", "dim": "\033[2m", "end": "\033[0m"}
+ESCAPES = {"label": "\033[1;33m", "dim": "\033[2m", "end": "\033[0m"}
 
 
 def global_rows(streams: list[Stream], start: int, stop: int) -> Iterator[tuple[int, Rows]]:

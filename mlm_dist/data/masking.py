@@ -34,7 +34,7 @@ class MaskConfig:
         """Raises UserError for a rate or split that is no probability."""
         if not 0.0 < self.rate < 1.0:
             raise UserError(f"mask.rate: {self.rate} is not a probability between 0 and 1; BERT uses 0.15.")
-        if min(self.split) < 0 or abs(sum(self.split) - 1.0) > 1e-6:
+        if not (min(self.split) >= 0 and abs(sum(self.split) - 1.0) <= 1e-6):
             raise UserError(
                 f"mask.split: {list(self.split)} must be three shares >= 0 that sum to 1; BERT uses [0.8, 0.1, 0.1]."
             )

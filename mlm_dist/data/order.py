@@ -43,15 +43,17 @@ class Order:
         if not self.shuffle:
             return [np.arange(lane, n, self.lanes, dtype=np.int32) for lane in range(self.lanes)]
         order = permutation(n, self.seed, epoch, "epoch", "order").astype(np.int32)
+        # The first lanes get what is left over: each epoch others are first, or the same lanes would fall behind in every one.
+        shift = epoch % self.lanes
         if n >= GREEDY_BLOCKS * self.lanes:
-            return [order[lane :: self.lanes] for lane in range(self.lanes)]
+            return [order[(lane + shift) % self.lanes :: self.lanes] for lane in range(self.lanes)]
         loads = [(0, lane) for lane in range(self.lanes)]
         out: list[list[int]] = [[] for _ in range(self.lanes)]
         for block in order.tolist():
             load, lane = loads[0]
             out[lane].append(block)
             heapq.heapreplace(loads, (load + int(self.sizes[block]), lane))
-        return [np.asarray(blocks, np.int32) for blocks in out]
+        return [np.asarray(blocks, np.int32) for blocks in out[shift:] + out[:shift]]
 
     def lane_bytes(self, epochs: int) -> np.ndarray:
         """Bytes of every lane over the first ``epochs`` epochs, int64 [lanes]."""

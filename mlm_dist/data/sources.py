@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mlm_dist.data import builtin
 from mlm_dist.data.members import Codec, LostDocument, MemberError, decode, decompress, parse_record, split_name
 from mlm_dist.errors import UserError
 
 SplitBy = Literal["auto", "file", "line", "paragraph", "record"]
 SPLITS: tuple[SplitBy, ...] = ("auto", "file", "line", "paragraph", "record")
-BUILTINS = ("python-docs",)
+BUILTINS = builtin.NAMES
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _RECORD_SUFFIXES = (".jsonl",)
@@ -135,13 +136,7 @@ def _file_source(path: Path, split_by: SplitBy) -> Source:
 def _builtin_source(name: str) -> Source:
     if name not in BUILTINS:
         raise UserError(f"--builtin {name!r} is not known; there is {', '.join(BUILTINS)}")
-    return Source(_BUILTIN + name, sum(len(text) for _, text in _python_docs()), "builtin", "")
-
-
-def _python_docs() -> list[tuple[str, str]]:
-    from pydoc_data.topics import topics  # the language reference by topic, part of every CPython
-
-    return sorted(topics.items())
+    return Source(_BUILTIN + name, sum(map(len, builtin.texts(name))), "builtin", "")
 
 
 def digest(sources: Sequence[Source]) -> str:
@@ -185,7 +180,7 @@ def read_part(part: Part, field: str) -> Iterator[tuple[int, str | LostDocument]
 def _raw_documents(part: Part, field: str) -> Iterator[tuple[int, str | LostDocument]]:
     source = part.source
     if source.kind == "builtin":
-        yield from enumerate(text for _, text in _python_docs())
+        yield from enumerate(builtin.texts(source.name.removeprefix(_BUILTIN)))
     elif source.kind == "file":
         yield 0, decode(b"".join(decompress(_chunks(source, 0), source.codec)).removeprefix(_BOM))
     else:

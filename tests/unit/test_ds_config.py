@@ -117,6 +117,6 @@ def test_numbers_as_people_write_them_become_integers(tmp_path: Path) -> None:
     ],
 )
 def test_a_setting_of_the_runs_that_is_not_possible_is_named(change: dict[str, Any], said: str) -> None:
-    settings = {"precision": "fp32", "clip": 1.0, "micro_batch": 1} | change
+    settings: dict[str, Any] = {"precision": "fp32", "clip": 1.0, "micro_batch": 1} | change
     with pytest.raises(UserError, match=said):
         merge(load_template("zero0"), **settings)
