@@ -77,7 +77,7 @@ class Supervisor:
     """One job: `command` with `env` on `ranks` ranks into `run`.
 
     The first INT, TERM or HUP writes `run/stop_request` and waits `grace` seconds for the run to checkpoint and end; a
-    second one, or the end of the grace time, kills it.
+    second one, or the end of the grace time, kills it. USR1 writes the request with `requeue` and kills nothing.
     """
 
     def __init__(self, run: RunDir, ranks: int, *, grace: float, show_all_ranks: bool = False) -> None:
@@ -86,6 +86,7 @@ class Supervisor:
         self.grace = grace
         self.show_all_ranks = show_all_ranks
         self._signals: list[int] = []
+        self._requeue = False
         self._reason: str | None = None  # of the stop asked for, if one was
         self._requested = False  # whether the request lies in the run directory
         self._killed_by: int | None = None
@@ -125,9 +126,12 @@ class Supervisor:
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
         def note(number: int, frame: FrameType | None) -> None:
-            self._signals.append(number)
+            if number == signal.SIGUSR1:
+                self._requeue = True
+            else:
+                self._signals.append(number)
 
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
         # Under nohup a hang-up stays ignored.
         old = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         try:
@@ -144,8 +148,8 @@ class Supervisor:
             if tree.code is not None and not tree.alive():
                 return
             now = time.monotonic()
-            if self._signals and self._reason is None:
-                name = signal.Signals(self._signals[0]).name
+            if (self._signals or self._requeue) and self._reason is None:
+                name = "SIGUSR1" if self._requeue else signal.Signals(self._signals[0]).name
                 stop_deadline = self._ask_to_stop(tree, f"mlm-launch received {name}", "once more to kill it")
             if len(self._signals) > 1:
                 say("killing what is left")
@@ -182,7 +186,7 @@ class Supervisor:
             holder
         ):  # else the directory is another start's, and ours is about to be refused
             with contextlib.suppress(OSError):
-                self.run.request_stop(self._reason)
+                self.run.request_stop(self._reason, requeue=self._requeue)
                 self._requested = True
 
     def _tell(self, end: Ending, code: int, output: Mapping[int, Sequence[str]]) -> None:

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mlm_dist.errors import UserError
+from mlm_dist.files import sync_directory
 
 FORMAT, VERSION = "mlm_dist.checkpoint", 1
 # How long rank 0 waits for the other ranks' parts before it gives the checkpoint up.
@@ -80,14 +81,6 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Reader:
@@ -285,12 +278,12 @@ class Writer:
             ).encode()
             _write(temporary / "index.json", index)
             _write(temporary / "COMMIT", hashlib.sha256(index).hexdigest().encode())
-            _sync_directory(temporary)
+            sync_directory(temporary)
             final = self.root / name(step)
             if final.exists():  # only one that was passed over as damaged
                 shutil.rmtree(final)
             temporary.rename(final)
-            _sync_directory(self.root)
+            sync_directory(self.root)
             self._retain(step)
 
     def _parts(self, temporary: Path) -> Iterator[tuple[str, dict[str, Any]]]:

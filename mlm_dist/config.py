@@ -1,6 +1,7 @@
 """The run's configuration: one tree of dataclasses, each section declared beside its owner, read from YAML, ``MLM_*`` variables and flags."""
 
 import difflib
+import glob
 import math
 import os
 import re
@@ -171,9 +172,9 @@ def _check_flags(argv: Sequence[str]) -> None:
     known = known_keys()
     for word in argv:
         key = word.removeprefix("--").split("=", 1)[0]
-        if word.startswith("--") and key.replace("-", "_") != "allow_change":
-            if not any(key == k or key.startswith(k + ".") for k in known):
-                raise _unknown("flag", f"--{key}", [f"--{k}" for k in known] + ["--allow_change"])
+        meant = key.replace("-", "_") == "allow_change" or any(key == k or key.startswith(k + ".") for k in known)
+        if word.startswith("--") and not meant:
+            raise _unknown("flag", f"--{key}", [f"--{k}" for k in (*known, "allow_change")])
 
 
 def _check_environment(environ: Mapping[str, str]) -> None:
@@ -223,7 +224,7 @@ def load(argv: Sequence[str], prog: str = "mlm-dist train") -> Invocation:
         default_env=True,
         env_prefix="MLM",
         exit_on_error=False,
-        default_config_files=[path] if path else None,
+        default_config_files=[glob.escape(path)] if path else None,
     )
     sections = typing.get_type_hints(Config)
     for section in fields(Config):
@@ -270,7 +271,12 @@ def _in_words(hint: Any) -> str:
         return "one of " + ", ".join(map(str, parts))
     if origin is tuple:
         return f"a list of {len(parts)} numbers"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes if it looks like a number)"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text (in quotes if it looks like a number)",
+    }
     return {**words, dict: "keys with their values", types.NoneType: "null"}[origin or hint]
 
 

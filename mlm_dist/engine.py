@@ -92,6 +92,8 @@ class Engine:
         self._parameters = {name.removeprefix(prefix): p for name, p in module.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
         self._optim_meta = _group_meta(module, optim, prefix)
+        # Stage 3 puts its own in place of this for the whole process, with other roundings, and leaves it there.
+        self._linear = nn.functional.linear
         self._engine, *_ = deepspeed.initialize(
             model=self._module,
             optimizer=build_adamw(module, optim),
@@ -162,6 +164,7 @@ class Engine:
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the module and frees its buffers. The engine is not to be used afterwards."""
         self._engine.destroy()
+        nn.functional.linear = self._linear
 
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}

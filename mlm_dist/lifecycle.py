@@ -1,12 +1,14 @@
 """A run directory and its life: lock, attempts, status, and the one way in which a run is asked to stop."""
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from mlm_dist.errors import UserError
+from mlm_dist.files import write_atomically
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
 HEARTBEAT_S, STALE_AFTER_S = 5.0, 60.0
@@ -39,7 +40,9 @@ class RunConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises UserError for a name that is no single directory name."""
+        """Raises UserError for a name that is no single directory name, or a seed that is none."""
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"run.seed: {self.seed} must be a whole number from 0 to 2**63 - 1.")
         if self.name is not None and (not self.name or self.name in (".", "..") or "/" in self.name):
             raise UserError(f"run.name: {self.name!r} must be one directory name; the place goes into run.dir.")
 
@@ -51,19 +54,14 @@ class RunConfig:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=1).encode())
 
 
 def read_json(path: Path) -> Any:
     """The file's JSON, or None when it is missing or torn."""
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
 
 
@@ -75,7 +73,7 @@ class RunDir:
         self.attempt = 0
         self.died: dict[str, Any] | None = None
         self.last_status: dict[str, Any] | None = None
-        self._held = False
+        self._watcher: _Watcher | None = None
 
     def prepare(self) -> None:
         """Make the directory and see that it can be written. Raises UserError."""
@@ -90,69 +88,80 @@ class RunDir:
                 f"run.dir: {str(self.path)!r} cannot be written ({error.strerror}). Give a directory that you may write as --run.dir."
             ) from error
 
-    def acquire(self) -> None:
-        """Take the lock; sets ``attempt``, ``last_status`` to what the attempt before left, and ``died`` to the stale lock that was taken over, if one was.
+    def acquire(self, flag: "StopFlag") -> None:
+        """Take the lock; keep its heartbeat and let ``stop_request`` set ``flag``, until ``release``.
+
+        Sets ``attempt``, ``last_status`` to what the attempt before left, and ``died`` to
+        the stale lock that was taken over, if one was.
 
         Raises:
             UserError: another start of this run is alive.
         """
         lock = self.path / "lock"
-        old = read_json(lock)
-        if lock.exists():
-            if _alive(lock, old):
-                who = old or {}
-                raise UserError(
-                    f"run {str(self.path)!r} is running already: attempt {who.get('attempt')} as process {who.get('pid')} on {who.get('host')}. "
-                    f"Wait for it, or stop it with: mlm-launch cancel {self.path}"
-                )
-            self.died = old or {}
-            self._remove_dead(lock, old)
-        self.last_status = read_json(self.path / "status.json")
-        previous = (self.last_status or {}).get("attempt", 0)
-        self.attempt = max(previous, (old or {}).get("attempt", 0)) + 1
-        content = {
-            "attempt": self.attempt,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "job": os.environ.get("MLM_JOB_ID"),
-        }
-        try:
-            fd = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError as error:
-            raise self._raced() from error
-        with os.fdopen(fd, "w") as file:
-            json.dump(content, file)
-        self._held = True
-        (self.path / "stop_request").unlink(missing_ok=True)
+        with self._one_at_a_time():
+            old = read_json(lock)
+            if lock.exists():
+                if _alive(lock, old):
+                    who = old or {}
+                    raise UserError(
+                        f"run {str(self.path)!r} is running already: attempt {who.get('attempt')} as process {who.get('pid')} on {who.get('host')}. "
+                        f"Wait for it, or stop it with: mlm-launch cancel {self.path}"
+                    )
+                self.died = old or {}
+                lock.unlink(missing_ok=True)
+            self.last_status = read_json(self.path / "status.json")
+            previous = (self.last_status or {}).get("attempt", 0)
+            self.attempt = max(previous, (old or {}).get("attempt", 0)) + 1
+            content = {
+                "attempt": self.attempt,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": _started(os.getpid()),
+                "job": os.environ.get("MLM_JOB_ID"),
+            }
+            try:
+                fd = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError as error:
+                raise UserError(f"run {str(self.path)!r} was started by someone else at the same moment.") from error
+            with os.fdopen(fd, "w") as file:
+                json.dump(content, file)
+        for leftover in (self.path / "stop_request", self._failure_file()):
+            leftover.unlink(missing_ok=True)
+        self._watcher = _Watcher(self, flag)
+        self._watcher.start()
 
-    def _raced(self) -> UserError:
-        return UserError(f"run {str(self.path)!r} was started by someone else at the same moment.")
-
-    def _remove_dead(self, lock: Path, old: dict[str, Any] | None) -> None:
-        """Remove the lock that was found dead. Of two starts that do so at once the slower may have moved the other's new lock: it gives it back."""
-        aside = self.path / f".lock-died-{socket.gethostname()}-{os.getpid()}"
-        with contextlib.suppress(FileNotFoundError):
-            lock.rename(aside)
-            if read_json(aside) != old:
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, lock)
-                aside.unlink()
-                raise self._raced()
-            aside.unlink()
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Of starts that find the same dead lock, each looks only when the one before has put its own in place. The kernel gives it back at death."""
+        with (self.path / ".lock-guard").open("w") as guard:
+            with contextlib.suppress(OSError):  # a file system without flock leaves a narrow race
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            yield
 
     def heartbeat(self) -> None:
-        """Say that this attempt is alive, for readers on other hosts."""
+        """Say that this attempt is alive, for readers on other hosts.
+
+        An attempt that stalled for so long that another start took its lock ends here, at once: two would write over each other.
+        """
+        lock = read_json(self.path / "lock")
+        if isinstance(lock, dict) and lock.get("attempt") != self.attempt:
+            print(
+                f"attempt {self.attempt} of {self.path} ends: attempt {lock.get('attempt')} has taken the run over",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_FAILED)
         with contextlib.suppress(OSError):
             os.utime(self.path / "lock")
 
     def release(self) -> None:
         """Give the lock back."""
-        if self._held:
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher = None
             # After a long stall another start may have taken it over.
             if (read_json(self.path / "lock") or {}).get("attempt") == self.attempt:
                 (self.path / "lock").unlink(missing_ok=True)
-            self._held = False
 
     def status(self, state: State, step: int, reason: str = "", requeue: bool = False) -> None:
         """Write status.json, the truth about how the run stands."""
@@ -171,7 +180,7 @@ class RunDir:
     def check_identity(
         self, identity: dict[str, Any], guarded: dict[str, Any], allow: list[str]
     ) -> dict[str, list[Any]]:
-        """Hold the run to what its directory was made with; the first attempt records it.
+        """Hold the run to what ``record_identity`` wrote for it; a run that has nothing to lose yet is held to nothing.
 
         Returns:
             Allowed changes of guarded keys, {key: [old, new]}.
@@ -179,49 +188,72 @@ class RunDir:
         Raises:
             UserError: an identity key differs, or a guarded one that is not allowed to; shows old and new.
         """
-        path = self.path / "identity.json"
-        recorded = read_json(path)
-        if recorded is None:
-            write_json(path, {"identity": identity, "guarded": guarded})
+        recorded = read_json(self.path / "identity.json")
+        metrics = self.path / "metrics.jsonl"
+        if recorded is None or not (
+            any(self.path.glob("checkpoints/step_*")) or (metrics.exists() and metrics.stat().st_size)
+        ):
             return {}
-        wrong = {k: [recorded["identity"].get(k), v] for k, v in identity.items() if recorded["identity"].get(k) != v}
+        wrong = _differences(recorded["identity"], identity)
         if wrong:
             raise UserError(
                 f"run {str(self.path)!r} belongs to a different config:\n"
-                + "\n".join(
-                    f"  {k}: the run has {_short(old)}, this start has {_short(new)}" for k, (old, new) in wrong.items()
-                )
+                + _listing(wrong)
                 + "\nGive these values back, or start another run with --run.name."
             )
-        changed = {k: [recorded["guarded"].get(k), v] for k, v in guarded.items() if recorded["guarded"].get(k) != v}
+        changed = _differences(recorded["guarded"], guarded)
         refused = {k: v for k, v in changed.items() if k not in allow}
         if refused:
             raise UserError(
                 f"run {str(self.path)!r} was started with other values:\n"
-                + "\n".join(
-                    f"  {k}: the run has {_short(old)}, this start has {_short(new)}"
-                    for k, (old, new) in refused.items()
-                )
+                + _listing(refused)
                 + "\nTo change them on purpose add "
                 + " ".join(f"--allow_change {k}" for k in refused)
             )
-        if changed:
-            write_json(path, {"identity": identity, "guarded": guarded})
         return changed
 
-    def claim_failure(self) -> bool:
-        """True for the first rank of this attempt that fails: it shows its traceback, the others only say that they follow."""
+    def record_identity(self, identity: dict[str, Any], guarded: dict[str, Any]) -> None:
+        """Tie the directory to this config."""
+        write_json(self.path / "identity.json", {"identity": identity, "guarded": guarded})
+
+    def _failure_file(self) -> Path:
+        return self.path / "logs" / f"attempt_{self.attempt}.failed"
+
+    def claim_failure(self, reason: str) -> bool:
+        """True for the first rank of this attempt that fails: its reason is the run's, and it shows its traceback; the others only say that they follow."""
         try:
-            os.close(
-                os.open(
-                    self.path / "logs" / f"attempt_{self.attempt}.failed", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644
-                )
-            )
+            with self._failure_file().open("x") as file:
+                file.write(reason)
         except FileExistsError:
             return False
         except OSError:
             return True
         return True
+
+    def failed(self, step: int, reason: str) -> None:
+        """Write the status of a failure, with the reason of the rank that failed first, whichever rank comes last to write it."""
+        with contextlib.suppress(OSError):
+            reason = self._failure_file().read_text() or reason
+        self.status("failed", step, reason)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
+    """{key: [old, new]} of the keys of ``new`` that differ; of a value that is itself a dict, its keys."""
+    out: dict[str, list[Any]] = {}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            inner = _differences(before, {k: value.get(k) for k in sorted({*before, *value})})
+            out |= {f"{key}.{k}": v for k, v in inner.items()}
+        elif before != value:
+            out[key] = [before, value]
+    return out
+
+
+def _listing(differences: dict[str, list[Any]]) -> str:
+    return "\n".join(
+        f"  {k}: the run has {_short(old)}, this start has {_short(new)}" for k, (old, new) in differences.items()
+    )
 
 
 def _short(value: Any) -> str:
@@ -231,16 +263,22 @@ def _short(value: Any) -> str:
 
 def _alive(lock: Path, content: dict[str, Any] | None) -> bool:
     if content and content.get("host") == socket.gethostname():
-        try:
-            process = psutil.Process(content["pid"])
-            # A zombie is dead; nobody has asked for its exit code yet.
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - content["started"]) < 1.0
-        except psutil.NoSuchProcess:
-            return False
+        started = _started(content.get("pid"))
+        return started is not None and started == content.get("started")
     try:
         return time.time() - lock.stat().st_mtime < STALE_AFTER_S
     except FileNotFoundError:
         return False
+
+
+def _started(pid: Any) -> int | None:
+    """When a process of this host started, in clock ticks since boot; None when it is gone, or dead and not yet waited for."""
+    try:
+        # The command, in parentheses, may hold anything; state is the first field after it, start time the 20th.
+        after_command = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if after_command[0] in "ZX" else int(after_command[19])
 
 
 def environment() -> dict[str, Any]:
@@ -298,8 +336,8 @@ def stop_signals(flag: StopFlag) -> Iterator[None]:
             signal.signal(number, old)
 
 
-class Watcher(threading.Thread):
-    """Rank 0's thread: heartbeat, and a look for ``stop_request`` each second."""
+class _Watcher(threading.Thread):
+    """Thread of the lock's holder: heartbeat, and a look for ``stop_request`` each second."""
 
     def __init__(self, run: RunDir, flag: StopFlag):
         super().__init__(name="run-watcher", daemon=True)
@@ -315,7 +353,7 @@ class Watcher(threading.Thread):
             path = self.run_dir.path / "stop_request"
             if path.exists():
                 request = read_json(path)
-                if request is not None:
+                if isinstance(request, dict):
                     self.flag.ask(str(request.get("reason", "stop_request")), bool(request.get("requeue", False)))
 
     def stop(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlm_dist.errors import UserError
+from mlm_dist.files import write_atomically
 from mlm_dist.wandb_mirror import Mirror, Mode, resolve_mode
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
         """Write one object; with ``sync`` it is on the disk on return."""
-        data = (json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
         with self._lock:
             if self._fd is None:
                 raise ValueError("the file is closed")
@@ -308,9 +309,7 @@ class Tracker:
         known = path.read_text().strip() if path.exists() else ""
         chosen = given or known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         if chosen != known:
-            temporary = path.with_name("run_id.tmp")
-            temporary.write_text(chosen + "\n")
-            temporary.replace(path)
+            write_atomically(path, f"{chosen}\n".encode())
         return chosen
 
     def _compare(self, key: tuple[str, int], before: tuple[Any, Any], line: Mapping[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """``mlm-dist train``: one rank of a training run, from the command line to its exit code. The parts meet here and nowhere else."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,6 @@ from mlm_dist.lifecycle import (
     RunDir,
     State,
     StopFlag,
-    Watcher,
     environment,
     stop_signals,
     write_json,
@@ -70,6 +71,15 @@ class Inputs:
         self.manifest = Manifest.read(config.data.manifest)
         self.manifest.check_files()
         self.val_manifest = Manifest.read(config.data.val_manifest) if config.data.val_manifest else None
+        if self.val_manifest is not None:
+            self.val_manifest.check_files()
+        # A batch must hold a row of every lane, or the run would end at the first batch whose lanes have ended.
+        most = min(config.train.global_batch, self.manifest.num_blocks)
+        if config.data.lanes is not None and config.data.lanes > most:
+            raise UserError(
+                f"data.lanes: {config.data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and the "
+                f"manifest has {self.manifest.num_blocks} blocks (mlm-dist prepare --block-size makes more)."
+            )
         self.pretrained_tokenizer = tokenizers.load_pretrained(config.data.tokenizer)
         self.tokenizer = tokenizers.from_pretrained(self.pretrained_tokenizer)
         self.bert_config = bert.load_config(
@@ -127,6 +137,7 @@ class Run:
         self.tracker: Tracker | None = None
         self.step = self.tokens = self.bytes = self.skipped = 0
         self.saved_step: int | None = None
+        self.validated_step: int | None = None
 
     # ---- start ----
 
@@ -138,9 +149,14 @@ class Run:
                 answer = self._open_first()
             except UserError as error:
                 answer = {"error": str(error)}
+            except Exception as error:
+                # The others must hear of it, or they would wait.
+                answer = {"failure": f"{type(error).__name__}: {error}"}
         answer = self.control.broadcast(answer)
         if "error" in answer:
             raise UserError(answer["error"])
+        if "failure" in answer:
+            raise RuntimeError(f"the run directory {self.dir.path} cannot be taken: {answer['failure']}")
         self.dir.attempt, self.finished_before = answer["attempt"], answer["finished"]
         self.lost = frozenset(answer["lost"])
         return answer["checkpoint"]
@@ -148,16 +164,28 @@ class Run:
     def _open_first(self) -> dict[str, Any]:
         config, path = self.config, self.dir.path
         self.dir.prepare()
-        self.dir.acquire()
+        self.dir.acquire(self.flag)
         try:
             identity = config.identity(self.inputs.manifest.fingerprint, self.inputs.tokenizer.fingerprint)
-            changed = self.dir.check_identity(json.loads(json.dumps(identity)), config.guarded(), self.allow_change)
+            identity = json.loads(json.dumps(identity))
+            changed = self.dir.check_identity(identity, config.guarded(), self.allow_change)
             status = self.dir.last_status or {}
             finished = status.get("state") == "finished" and not changed
             found = checkpoint.newest(path, self.console.say)
+            if found is None and (damaged := checkpoint.committed(path)):
+                raise UserError(
+                    f"run {str(path)!r}: none of its {len(damaged)} checkpoints is whole. Bring one back, or delete {path / 'checkpoints'} to begin anew."
+                )
             self.ledger = Ledger.read(path / "events.jsonl")
+            if found is not None:
+                self.ledger.add(checkpoint.Reader(found).trainer["ledger"])
+            if verdict := self.ledger.verdict(self.inputs.manifest.num_documents, config.data.max_bad_fraction):
+                raise UserError(
+                    verdict + "\nMend the data, or raise data.max_bad_fraction to go on without these documents."
+                )
             if not finished:
                 self.dir.status("running", 0 if found is None else checkpoint.Reader(found).step)
+                self.dir.record_identity(identity, config.guarded())
                 self._describe(changed)
         except BaseException:
             self.dir.release()
@@ -197,7 +225,7 @@ class Run:
         self.val_stream = inputs.val_stream(config, self.topology.rank, self.topology.world_size)
         section = config.model
         if path is not None and section.init == "pretrained":
-            # The checkpoint holds every weight: what the model started from need not be at hand any more.
+            # The checkpoint holds every weight; those that the model started from need not be read.
             section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
         model = bert.build(section, inputs.bert_config, seed=config.run.seed)
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -277,18 +305,17 @@ class Run:
     def train(self) -> str:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
         config = self.config
-        meter = Meter(self.tokens)
+        meter = Meter(self.step, self.tokens)
         self.console.begin(self.progress())
-        in_a_row = 0
+        not_finite = 0
         outcome = "finished"
+        unlogged: tuple[Any, int, float] | None = None
         if config.train.steps is not None and self.step >= config.train.steps:
             return self._end(outcome)
         batches = self.stream.batches(self.step, self.cursors, self.lost)
         while True:
             meter.wait_begins()
             batch = next(batches)
-            micro_batches = self.stream.collate(batch)
-            meter.wait_ends()
             mine = [
                 batch.selected,
                 batch.tokens,
@@ -298,10 +325,15 @@ class Run:
                 int(self.flag.requeue),
                 len(batch.faults),
             ]
-            selected, tokens, batch_bytes, live, stop, requeue, faults = self.control.sum(mine)
+            pending = self.control.start(mine)
+            micro_batches = self.stream.collate(batch)
+            selected, tokens, batch_bytes, live, stop, requeue, faults = pending.wait()
+            meter.wait_ends()
             if faults:
                 self._record_faults(batch)
             if not live:
+                if config.train.steps is not None:
+                    raise DataLoss(f"no text is left at step {self.step} of train.steps {config.train.steps}")
                 break
             result = None
             lr = config.optim.lr * lr_factor(
@@ -313,18 +345,23 @@ class Run:
                     for i in range(len(micro_batches))
                 ]
                 result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
-            in_a_row = 0 if result is not None and not result.skipped else in_a_row + 1
+            not_finite = not_finite + 1 if result is not None and result.skipped else 0
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
             self.cursors = batch.cursors
-            if in_a_row:
-                self._record_skip(
-                    in_a_row, "no token was selected" if result is None else "loss or gradient is not finite"
+            if result is None or result.skipped:
+                self._record_skip("no token was selected" if result is None else "loss or gradient is not finite")
+            if not_finite >= config.train.max_skipped:
+                raise FloatingPointError(
+                    f"loss or gradient was not finite for {not_finite} steps in a row up to step {self.step} (train.max_skipped). "
+                    "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
                 )
+            unlogged = result, selected, lr
             if self.step % config.track.every == 0 or self.step in (1, config.train.steps):
-                self._log(result, selected, lr, meter)
-            if config.eval.every and self.step % config.eval.every == 0:
-                self.validate()
-                meter.skip_pause()
+                self._log(*unlogged, meter)
+                unlogged = None
+            if config.eval.every and self.step % config.eval.every == 0 and not stop:
+                with meter.pause():
+                    self.validate()
             if self.step % config.checkpoint.every == 0:
                 self.save()
             if config.train.steps is not None and self.step >= config.train.steps:
@@ -334,10 +371,12 @@ class Run:
                 outcome = "stopped"
                 break
         batches.close()
+        if unlogged is not None:
+            self._log(*unlogged, meter)
         return self._end(outcome)
 
     def _end(self, outcome: str) -> str:
-        if outcome == "finished" and not (self.config.eval.every and self.step % self.config.eval.every == 0):
+        if outcome == "finished" and self.validated_step != self.step:
             self.validate()
         if self.saved_step != self.step:
             self.save()
@@ -361,16 +400,11 @@ class Run:
         if verdict:
             raise DataLoss(verdict)
 
-    def _record_skip(self, in_a_row: int, why: str) -> None:
+    def _record_skip(self, why: str) -> None:
         self.skipped += 1
         if self.tracker:
             self.tracker.event({"kind": "skipped_step", "step": self.step, "why": why})
             self.console.say(f"step {self.step} skipped: {why}")
-        if in_a_row >= self.config.train.max_skipped:
-            raise FloatingPointError(
-                f"{in_a_row} steps in a row up to step {self.step} were skipped ({why}); train.max_skipped is {self.config.train.max_skipped}. "
-                "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
-            )
 
     def _log(self, result: Any, selected: int, lr: float, meter: "Meter") -> None:
         mine = (0.0, 0) if result is None else (float(result.loss_sum), int(result.correct))
@@ -407,8 +441,17 @@ class Run:
         """Measure the validation set, if there is one, and log it."""
         if self.val_stream is None:
             return
+        self.validated_step = self.step
         result = evaluate.validate(self.val_stream, self.engine.evaluate, self.control)
-        if self.tracker:
+        if self.tracker and not result["selected"]:
+            self.tracker.event({"kind": "empty_validation", "step": self.step})
+            self.console.say("the validation set holds no text to predict; nothing is measured")
+        elif self.tracker:
+            if result["lost_documents"]:
+                self.tracker.event({"kind": "val_data_loss", "step": self.step, "documents": result["lost_documents"]})
+                self.console.say(
+                    f"note: {result['lost_documents']} validation documents cannot be read; the numbers are of the others"
+                )
             self.tracker.log({"kind": "val", "step": self.step, **result})
             self.console.say(
                 f"validation at step {self.step}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.1f}, accuracy {result['accuracy']:.1%} "
@@ -453,55 +496,57 @@ class Run:
         self.saved_step = self.step
 
     def close(self, outcome: str) -> int:
-        """Say how the attempt ended, in status.json first; returns the exit code."""
+        """Say how the attempt ended, in status.json first; returns the exit code. Collective."""
         code = EXIT_FINISHED if outcome == "finished" else EXIT_STOPPED
-        requeue = any(self.control.broadcast(self.control.gather(self.flag.requeue)) or [])
+        requeue = bool(self.control.sum([int(self.flag.requeue)])[0]) and code == EXIT_STOPPED
         if self.is_first:
-            assert self.tracker is not None
             state: State = "finished" if code == EXIT_FINISHED else ("preempted" if requeue else "cancelled")
-            reason = "" if code == EXIT_FINISHED else self.flag.reason
-            self.tracker.event({"kind": state, "step": self.step, "reason": reason})
-            # The truth first: W&B may take its time.
-            self.dir.status(state, self.step, reason, requeue and code == EXIT_STOPPED)
-            self.tracker.finish(0)
-            self.dir.release()
-            where = f"checkpoint {self.dir.path / 'checkpoints' / checkpoint.name(self.step)}"
-            if code == EXIT_FINISHED:
-                self.console.say(f"finished after {self.step} steps and {self.tokens:,} tokens; {where}")
-            else:
-                self.console.say(
-                    f"stopped at step {self.step} ({reason}); {where}; the same command goes on from there"
-                )
+            self.dir.status(state, self.step, self.flag.reason if code == EXIT_STOPPED else "", requeue)
+        # From here on nothing can turn the outcome into a failure, and no rank waits for rank 0's tracking.
         self.control.barrier()
+        if self.tracker is not None:
+            reason = self.flag.reason if code == EXIT_STOPPED else ""
+            with contextlib.suppress(OSError):
+                self.tracker.event(
+                    {"kind": "finished" if code == EXIT_FINISHED else "stopped", "step": self.step, "reason": reason}
+                )
+                where = f"checkpoint {self.dir.path / 'checkpoints' / checkpoint.name(self.step)}"
+                if code == EXIT_FINISHED:
+                    self.console.say(f"finished after {self.step} steps and {self.tokens:,} tokens; {where}")
+                else:
+                    self.console.say(
+                        f"stopped at step {self.step} ({reason}); {where}; the same command goes on from there"
+                    )
+            self.tracker.finish(0)
+        self.dir.release()
         return code
 
     def fail(self, error: BaseException) -> None:
-        """Record a failure; the first rank that fails shows its traceback, the others one line."""
-        first = self.dir.claim_failure() if self.dir.attempt else self.is_first
-        reason = f"rank {self.topology.rank}: {type(error).__name__}: {error}"
-        (self.dir.path / "logs").mkdir(parents=True, exist_ok=True)
-        with (self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{self.topology.rank}.traceback").open(
-            "w"
-        ) as file:
-            traceback.print_exception(error, file=file)
-        if first:
+        """Record a failure; the first rank that fails shows its traceback, the others one line. Does what it can on a full disk."""
+        rank = self.topology.rank
+        reason = f"rank {rank}: {type(error).__name__}: {error}"
+        if isinstance(error, UserError):
+            report_user_error(error)
+        elif self.dir.claim_failure(reason):
             traceback.print_exception(error)
-            self.dir.status("failed", self.step, reason)
         else:
-            print(
-                f"rank {self.topology.rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr
-            )
+            print(f"rank {rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            path = self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{rank}.traceback"
+            path.write_text("".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError):
+            self.dir.failed(self.step, reason)
         if self.tracker:
             self.tracker.finish(1)
-        self.dir.release()
+        with contextlib.suppress(OSError):
+            self.dir.release()
 
 
 class Meter:
-    """Time between two logging steps: waiting for data, per step, and useful tokens per second."""
+    """Time between two logging steps: waiting for data, per step, and useful tokens per second. Pauses do not count."""
 
-    def __init__(self, tokens: int):
-        self._tokens, self._wait, self._pause = tokens, 0.0, 0.0
-        self._step: int | None = None
+    def __init__(self, step: int, tokens: int):
+        self._step, self._tokens, self._wait = step, tokens, 0.0
         self._since = self._mark = time.perf_counter()
 
     def wait_begins(self) -> None:
@@ -510,18 +555,19 @@ class Meter:
 
     def wait_ends(self) -> None:
         """The data is there."""
-        self._mark, before = time.perf_counter(), self._mark
-        self._wait += self._mark - before
+        self._wait += time.perf_counter() - self._mark
 
-    def skip_pause(self) -> None:
-        """What passed since the data came in is validation, not training: leave it out from the last log on."""
-        self._since = time.perf_counter()
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def read(self, step: int, tokens: int) -> tuple[float, float, float]:
         """(seconds waited for data per step, seconds per step, tokens per second) since the last call."""
         now = time.perf_counter()
-        steps = max(1, step - self._step) if self._step is not None else 1
-        span = max(1e-9, now - self._since)
+        steps, span = max(1, step - self._step), max(1e-9, now - self._since)
         out = self._wait / steps, span / steps, (tokens - self._tokens) / span
         self._step, self._tokens, self._wait, self._since = step, tokens, 0.0, now
         return out
@@ -551,21 +597,18 @@ def run(invocation: Invocation) -> int:
         attempt.dir.release()
         distributed.shutdown()
         return EXIT_FINISHED
-    watcher = Watcher(attempt.dir, attempt.flag) if attempt.is_first else None
     try:
         with stop_signals(attempt.flag):
             attempt.build(path)
             attempt.announce()
-            if watcher:
-                watcher.start()
             with attempt.console:
                 outcome = attempt.train()
-            if watcher:
-                watcher.stop()
             code = attempt.close(outcome)
     except BaseException as error:
-        attempt.fail(error)
-        _leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
+        try:
+            attempt.fail(error)
+        finally:
+            _leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
     attempt.engine.close()
     distributed.shutdown()
     return code
@@ -573,11 +616,19 @@ def run(invocation: Invocation) -> int:
 
 def _leave(code: int) -> None:
     """End this process without the usual tidying, which would wait for ranks that are gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a loader worker dies
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def report_user_error(error: UserError) -> None:
+    """Print it, on rank 0 at once: the launcher ends the others while they give it time, so the same mistake is shown once."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -586,9 +637,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(load(words))
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(OTHERS_WAIT_S)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        report_user_error(error)
         distributed.shutdown()
         return EXIT_USER_ERROR
 

@@ -198,6 +198,11 @@ class Mirror:
             while (item := self._queue.get()) is not None:
                 run.log(to_row(item[1]), step=item[0], commit=True)
             run.finish(exit_code=self._exit_code)
+            if self.mode == "offline":
+                # The service writes the file's end after finish() has returned; it is whole when the service has gone.
+                import wandb
+
+                wandb.teardown()
         except Exception as error:
             self._fail("W&B failed", error)
             _drop_service()

@@ -104,6 +104,15 @@ class BlockMaker:
         return Rows.empty(0, self.tokenizer.cls_id, self.tokenizer.sep_id, self.tokenizer.dtype)
 
     def _read(self, shard_index: int, index: int) -> bytes:
+        """The block's bytes, tried twice: a file handle can go stale on a network file system."""
+        try:
+            return self._read_once(shard_index, index)
+        except BlockError:
+            if shard_index in self._files:
+                os.close(self._files.pop(shard_index))
+            return self._read_once(shard_index, index)
+
+    def _read_once(self, shard_index: int, index: int) -> bytes:
         shard = self.manifest.shards[shard_index]
         offset, length = int(shard.offsets[index]), int(shard.lengths[index])
         try:
@@ -135,7 +144,9 @@ class BlockMaker:
             for member in iter_members(self._read(shard_index, index)):
                 for document in read_documents(member.name, member.data, self.text_field):
                     if isinstance(document, LostDocument):
-                        causes.append(f"{member.name}: {document.cause}")
+                        # A tar may name its members in any bytes; the ledger is UTF-8.
+                        member_name = member.name.encode(errors="backslashreplace").decode()
+                        causes.append(f"{member_name}: {document.cause}")
                     else:
                         documents.append(document)
         except (TarError, MemberError) as error:

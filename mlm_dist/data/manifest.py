@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlm_dist.errors import UserError
+from mlm_dist.files import write_atomically
 
 FORMAT = "mlm_dist.manifest"
 VERSION = 1
@@ -203,7 +202,7 @@ class Manifest:
                 for shard in self.shards
             ],
         }
-        _write_atomically(Path(path), json.dumps(content, separators=(",", ":")).encode() + b"\n")
+        write_atomically(Path(path), json.dumps(content, separators=(",", ":")).encode() + b"\n")
 
 
 def _field(content: dict[str, Any], name: str, kind: type) -> Any:
@@ -249,22 +248,3 @@ def _check_path(path: str) -> None:
         raise UserError(
             f"the shard path {path!r} is wrong: it must be relative to the manifest's directory and below it"
         )
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would shut out the other people of a cluster
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself must last, too
-    finally:
-        os.close(directory)

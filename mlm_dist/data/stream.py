@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mlm_dist.data.block import BlockMaker, DataFault
+from mlm_dist.data.block import BlockError, BlockMaker, DataFault
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.order import Order, default_lanes
@@ -143,12 +143,18 @@ class LaneReader:
         """The lane's next rows, numbered ``index`` (int64 [n])."""
         parts: list[Rows] = []
         cursors, sizes = np.zeros((len(index), 3), np.int64), np.zeros(len(index), np.int64)
+        live = np.ones(len(index), bool)
         faults: list[tuple[int, DataFault]] = []
+        tok = self.maker.tokenizer
         done = 0
         while done < len(index):
             faults += [(int(index[done]), fault) for fault in self._open()]
             if self._rows is None:
-                break
+                # One empty row, then another look: how far a lane without text goes on must not depend on how many rows were asked for.
+                parts.append(Rows.empty(1, tok.cls_id, tok.sep_id, tok.dtype))
+                cursors[done] = self.epoch, self.position, self.row
+                live[done], done = False, done + 1
+                continue
             total = len(self._rows)
             n = min(len(index) - done, total - self.row)
             parts.append(self._rows.slice(self.row, self.row + n))
@@ -161,12 +167,7 @@ class LaneReader:
             if self.row == total:
                 self._next_block()
                 cursors[done - 1] = self.epoch, self.position, self.row
-        live = np.arange(len(index)) < done
-        if done < len(index):
-            tok = self.maker.tokenizer
-            parts.append(Rows.empty(len(index) - done, tok.cls_id, tok.sep_id, tok.dtype))
-            cursors[done:] = self.epoch, self.position, self.row
-        return Chunk(Rows.concat(parts), index, cursors, sizes, live, faults)
+        return Chunk(Rows.concat(parts or [self.maker.no_rows()]), index, cursors, sizes, live, faults)
 
     def _open(self) -> list[DataFault]:
         """Move to the next block that has rows, unless one is open. Leaves ``_rows`` None at the lane's end, or when a whole epoch of it holds no text."""
@@ -186,6 +187,11 @@ class LaneReader:
                 rows = None
             else:
                 rows, found = self.maker.rows(block, self.epoch)
+                if self.row and any(fault.whole for fault in found):
+                    raise BlockError(
+                        f"block {block} at byte {found[0].offset} of {found[0].shard}, of which {self.row} rows are in the run already, "
+                        f"can no longer be read ({found[0].cause}). Bring the shard back."
+                    )
                 faults += found
             if rows is not None and len(rows):
                 self._rows = rows

@@ -41,6 +41,7 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Content ids of the texts without special tokens: (flat ids [T] of ``dtype``, int64 offsets [len(texts) + 1])."""
+        self.backend.encode_special_tokens = True  # pickling, on the way to a loader worker, forgets it
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(e) for e in encodings], out=offsets[1:])
@@ -97,7 +98,6 @@ def from_pretrained(tokenizer: "PreTrainedTokenizerFast") -> TextTokenizer:
     backend.no_truncation()
     backend.no_padding()
     definition = backend.to_str()
-    backend.encode_special_tokens = True
     vocab_size = len(tokenizer)
     special = np.unique(np.asarray(tokenizer.all_special_ids, np.int64))
     unused = [i for token, i in tokenizer.get_vocab().items() if token.startswith("[unused") and token.endswith("]")]

@@ -114,7 +114,7 @@ def test_refused_run_returns_2_says_why_once_and_leaves_nothing_behind(launch, t
     assert not (tmp_path / "runs" / "job one").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_first_signal_asks_for_a_checkpoint(launch, tmp_path: Path, number: signal.Signals) -> None:
     job = launch("stop")
     job.wait_for("pids")
@@ -123,7 +123,7 @@ def test_first_signal_asks_for_a_checkpoint(launch, tmp_path: Path, number: sign
     assert code == 75, output
     assert json.loads((tmp_path / "request-0.json").read_text()) == {
         "reason": f"mlm-launch received {number.name}",
-        "requeue": False,
+        "requeue": number == signal.SIGUSR1,
     }
     assert "stopped at step 7 with a checkpoint" in output
     assert "stop_request" in output

@@ -207,7 +207,11 @@ def test_missing_and_unreadable_configs(tmp_path: Path) -> None:
         load(["--train.steps", "3"])
     assert "No such file" in refused(str(tmp_path / "absent.yaml"))
     assert "Is a directory" in refused(str(tmp_path))
-    for text, why in (("a: [1", "is not YAML"), ("- 1\n", "must hold sections"), ("train: 3\n", "'train' must hold keys")):
+    for text, why in (
+        ("a: [1", "is not YAML"),
+        ("- 1\n", "must hold sections"),
+        ("train: 3\n", "'train' must hold keys"),
+    ):
         assert why in refused(save(tmp_path, text))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
@@ -225,7 +229,12 @@ def test_exactly_one_of_steps_and_epochs(tmp_path: Path) -> None:
 def test_dump_is_read_back_the_same(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
     config = read(
-        save(tmp_path, run={"name": "2024", "dir": "a: b #c"}, model={"config": sizes}, optim={"lr": 1e-5, "betas": [0.9, 0.95]})
+        save(
+            tmp_path,
+            run={"name": "2024", "dir": "a: b #c"},
+            model={"config": sizes},
+            optim={"lr": 1e-5, "betas": [0.9, 0.95]},
+        )
     )
     again = tmp_path / "again.yaml"
     again.write_text(config.dump())

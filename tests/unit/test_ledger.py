@@ -9,7 +9,9 @@ from mlm_dist.ledger import Ledger
 from mlm_dist.tracking import JsonLines
 
 
-def fault(block: int = 0, epoch: int = 0, whole: bool = False, documents: int = 1, cause: str = "bad") -> dict[str, Any]:
+def fault(
+    block: int = 0, epoch: int = 0, whole: bool = False, documents: int = 1, cause: str = "bad"
+) -> dict[str, Any]:
     return {
         "epoch": epoch,
         "block": block,

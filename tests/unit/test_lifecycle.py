@@ -8,39 +8,62 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from mlm_dist import lifecycle
 from mlm_dist.errors import UserError
-from mlm_dist.lifecycle import RunConfig, RunDir, StopFlag, Watcher, environment, read_json, stop_signals, write_json
+from mlm_dist.lifecycle import RunConfig, RunDir, StopFlag, environment, read_json, stop_signals, write_json
+from tests.ranks import ROOT
 
 IDENTITY = {"run.seed": 0, "data.lanes": None, "mask.split": [0.8, 0.1, 0.1], "data.manifest": "aa"}
 GUARDED = {"train.steps": 10, "optim.lr": 1e-3}
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
+def run(tmp_path: Path) -> Iterator[RunDir]:
     made = RunDir(tmp_path / "runs" / "r")
     made.prepare()
-    return made
+    yield made
+    made.release()
 
 
-def lock_of(run: RunDir, **content: Any) -> Path:
-    """A lock as another start has left it."""
+def acquire(run: RunDir) -> StopFlag:
+    flag = StopFlag()
+    run.acquire(flag)
+    return flag
+
+
+def other_start(run: RunDir) -> "subprocess.Popen[str]":
+    """Another process that holds the lock."""
+    code = f"""
+import time
+from pathlib import Path
+from mlm_dist.lifecycle import RunDir, StopFlag
+run = RunDir(Path({str(run.path)!r}))
+run.acquire(StopFlag())
+run.status("running", 1)
+print("held", flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def killed_start(run: RunDir) -> None:
+    """Leave the lock of a start that was killed."""
+    process = other_start(run)
+    process.kill()
+    process.communicate()
+
+
+def edit_lock(run: RunDir, **content: Any) -> None:
     path = run.path / "lock"
-    mine = {"attempt": 4, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-    path.write_text(json.dumps({**mine, **content}))
-    return path
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
+    path.write_text(json.dumps({**read_json(path), **content}))
 
 
 # ---- lock and attempts ----
@@ -49,7 +72,7 @@ def dead_pid() -> int:
 def test_attempts_are_counted(run: RunDir) -> None:
     for attempt in (1, 2, 3):
         again = RunDir(run.path)
-        again.acquire()
+        acquire(again)
         assert (again.attempt, again.died) == (attempt, None)
         assert read_json(run.path / "lock")["pid"] == os.getpid()
         again.status("running", step=attempt)
@@ -59,56 +82,60 @@ def test_attempts_are_counted(run: RunDir) -> None:
 
 
 def test_a_living_attempt_keeps_others_out(run: RunDir) -> None:
-    run.acquire()
+    acquire(run)
     second = RunDir(run.path)
-    with pytest.raises(UserError, match=f"running already: attempt 1 as process {os.getpid()} on {socket.gethostname()}"):
-        second.acquire()
+    with pytest.raises(
+        UserError, match=f"running already: attempt 1 as process {os.getpid()} on {socket.gethostname()}"
+    ):
+        acquire(second)
     second.release()  # gives nothing back that it has not
     assert (run.path / "lock").exists()
 
 
-def test_a_dead_process_is_taken_over(run: RunDir) -> None:
-    lock_of(run, pid=dead_pid())
-    run.acquire()
-    assert run.attempt == 5
-    assert run.died is not None and run.died["attempt"] == 4
-    assert read_json(run.path / "lock")["attempt"] == 5
-    assert [p.name for p in run.path.iterdir() if "died" in p.name] == []
+def test_a_killed_start_is_taken_over_whether_or_not_its_parent_has_noticed(run: RunDir) -> None:
+    process = other_start(run)
+    try:
+        with pytest.raises(UserError, match=f"attempt 1 as process {process.pid}"):
+            acquire(RunDir(run.path))
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie: nobody has fetched its exit code
+        zombie_taken = RunDir(run.path)
+        acquire(zombie_taken)
+        assert (zombie_taken.attempt, (zombie_taken.died or {})["attempt"]) == (2, 1)
+        zombie_taken.release()
+    finally:
+        process.kill()
+        process.communicate()
+    killed_start(run)
+    acquire(run)
+    assert (run.attempt, (run.died or {})["attempt"]) == (3, 2)
+    assert read_json(run.path / "lock")["attempt"] == 3
 
 
 def test_a_process_that_only_has_the_same_number_is_taken_over(run: RunDir) -> None:
-    lock_of(run, started=psutil.Process().create_time() - 1000)
-    run.acquire()
-    assert run.attempt == 5
-
-
-def test_a_zombie_is_dead(run: RunDir) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    process = other_start(run)
     try:
-        lock_of(run, pid=child.pid, started=psutil.Process(child.pid).create_time())
-        with pytest.raises(UserError, match="running already"):
-            RunDir(run.path).acquire()
-        child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has fetched its exit code
-        run.acquire()
-        assert run.attempt == 5
+        edit_lock(run, started=read_json(run.path / "lock")["started"] - 1)
+        acquire(run)
+        assert run.attempt == 2
     finally:
-        child.kill()
-        child.wait()
+        process.kill()
+        process.communicate()
 
 
 def test_a_lock_of_another_host_lives_by_its_heartbeat(run: RunDir) -> None:
-    path = lock_of(run, host="elsewhere", pid=1)
-    with pytest.raises(UserError, match="on elsewhere"):
-        run.acquire()
+    killed_start(run)
+    edit_lock(run, host="elsewhere", attempt=4)
+    with pytest.raises(UserError, match="attempt 4 .* on elsewhere"):
+        acquire(run)
     old = time.time() - lifecycle.STALE_AFTER_S - 1
-    os.utime(path, (old, old))
-    run.acquire()
+    os.utime(run.path / "lock", (old, old))
+    acquire(run)
     assert (run.attempt, (run.died or {})["host"]) == (5, "elsewhere")
 
 
 def test_heartbeat_keeps_a_lock_fresh(run: RunDir) -> None:
-    run.acquire()
+    acquire(run)
     path = run.path / "lock"
     os.utime(path, (0, 0))
     run.heartbeat()
@@ -119,35 +146,23 @@ def test_a_torn_lock_waits_until_it_is_stale(run: RunDir) -> None:
     path = run.path / "lock"
     path.write_text('{"attempt": 3, "ho')
     with pytest.raises(UserError, match="running already"):
-        run.acquire()
+        acquire(run)
     os.utime(path, (0, 0))
-    run.acquire()
+    acquire(run)
     assert run.attempt == 1
 
 
-def test_of_two_starts_that_take_over_at_once_one_wins(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock_of(run, pid=dead_pid())
-    fast = RunDir(run.path)
+def test_of_many_starts_at_once_one_wins(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_start(run)
     alive = lifecycle._alive
 
-    def overtaken(*args: Any) -> bool:
-        """The slower start has just found the lock dead when the faster one takes it."""
-        monkeypatch.setattr(lifecycle, "_alive", alive)
-        fast.acquire()
-        return False
+    def slowly(*args: Any) -> bool:
+        """Time for others to come in between the look and the deed."""
+        answer = alive(*args)
+        time.sleep(0.05)
+        return answer
 
-    monkeypatch.setattr(lifecycle, "_alive", overtaken)
-    with pytest.raises(UserError, match="at the same moment"):
-        run.acquire()
-    assert read_json(run.path / "lock")["attempt"] == fast.attempt == 5
-    run.release()
-    assert (run.path / "lock").exists()
-    fast.release()
-    assert [p.name for p in run.path.iterdir() if "lock" in p.name] == []
-
-
-def test_many_starts_at_once_give_one_attempt(run: RunDir) -> None:
-    lock_of(run, pid=dead_pid())
+    monkeypatch.setattr(lifecycle, "_alive", slowly)
     starts = [RunDir(run.path) for _ in range(8)]
     gate = threading.Barrier(len(starts))
     refused: list[UserError] = []
@@ -155,7 +170,7 @@ def test_many_starts_at_once_give_one_attempt(run: RunDir) -> None:
     def start(one: RunDir) -> None:
         gate.wait()
         try:
-            one.acquire()
+            acquire(one)
         except UserError as error:
             refused.append(error)
 
@@ -165,19 +180,33 @@ def test_many_starts_at_once_give_one_attempt(run: RunDir) -> None:
     for thread in threads:
         thread.join()
     assert len(refused) == len(starts) - 1
-    assert (run.path / "lock").exists()
+    (holder,) = [s for s in starts if read_json(run.path / "lock")["attempt"] == s.attempt]
+    holder.release()
+    assert not (run.path / "lock").exists()
 
 
-def test_release_leaves_a_lock_that_another_has_taken_over(run: RunDir) -> None:
-    run.acquire()
-    lock_of(run, host="elsewhere", attempt=2)  # it was silent for so long that it was thought dead
+def test_release_leaves_a_lock_that_another_has_taken_over(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "HEARTBEAT_S", 1e12)  # it stalls
+    acquire(run)
+    edit_lock(run, host="elsewhere", attempt=2)
     run.release()
     assert read_json(run.path / "lock")["host"] == "elsewhere"
 
 
+def test_an_attempt_that_was_taken_over_ends_at_its_next_heartbeat(run: RunDir) -> None:
+    process = other_start(run)
+    try:
+        edit_lock(run, host="elsewhere", attempt=2)
+        assert process.wait(30) == lifecycle.EXIT_FAILED
+    finally:
+        process.kill()
+        process.communicate()
+    assert read_json(run.path / "lock")["attempt"] == 2
+
+
 def test_a_stop_request_for_the_attempt_before_is_forgotten(run: RunDir) -> None:
     (run.path / "stop_request").write_text("{}")
-    run.acquire()
+    acquire(run)
     assert not (run.path / "stop_request").exists()
 
 
@@ -197,13 +226,33 @@ def test_a_name_is_one_directory(name: str) -> None:
 # ---- identity ----
 
 
-def test_the_first_attempt_records_and_the_next_agree(run: RunDir) -> None:
+def begun(run: RunDir, identity: dict[str, Any] = IDENTITY) -> RunDir:
+    """The run has taken a step, so that there is something to lose."""
+    run.record_identity(identity, GUARDED)
+    (run.path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    return run
+
+
+def test_a_new_run_takes_any_config_and_a_begun_one_its_own(run: RunDir) -> None:
+    other = {**IDENTITY, "run.seed": 5}
     assert run.check_identity(IDENTITY, GUARDED, []) == {}
-    assert RunDir(run.path).check_identity(IDENTITY, GUARDED, []) == {}
+    run.record_identity(IDENTITY, GUARDED)
+    assert run.check_identity(other, GUARDED, []) == {}  # it failed before its first step: nothing is lost
+    begun(run)
+    assert run.check_identity(IDENTITY, GUARDED, []) == {}
+    with pytest.raises(UserError):
+        run.check_identity(other, GUARDED, [])
+
+
+def test_a_checkpoint_ties_the_run_too(run: RunDir) -> None:
+    run.record_identity(IDENTITY, GUARDED)
+    (run.path / "checkpoints" / "step_00000001").mkdir()
+    with pytest.raises(UserError, match=r"run\.seed"):
+        run.check_identity({**IDENTITY, "run.seed": 5}, GUARDED, [])
 
 
 def test_a_different_config_is_shown_old_and_new(run: RunDir) -> None:
-    run.check_identity(IDENTITY, GUARDED, [])
+    begun(run)
     before = (run.path / "identity.json").read_bytes()
     other = {**IDENTITY, "run.seed": 5, "data.lanes": 3}
     with pytest.raises(UserError) as caught:
@@ -215,8 +264,22 @@ def test_a_different_config_is_shown_old_and_new(run: RunDir) -> None:
     assert (run.path / "identity.json").read_bytes() == before
 
 
+def test_of_a_dict_the_keys_that_differ_are_shown(run: RunDir) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 32, "num_attention_heads": 2}
+    begun(run, {"model.config": {**sizes, "z": 1}})
+    with pytest.raises(UserError) as caught:
+        run.check_identity({"model.config": {**sizes, "y": 2}}, GUARDED, [])
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert lines == [
+        "model.config.y: the run has null, this start has 2",
+        "model.config.z: the run has 1, this start has null",
+    ]
+    with pytest.raises(UserError, match=r"model\.config: the run has {.*, this start has null"):
+        run.check_identity({"model.config": None}, GUARDED, [])
+
+
 def test_guarded_keys_change_when_allowed_and_are_kept(run: RunDir) -> None:
-    run.check_identity(IDENTITY, GUARDED, [])
+    begun(run)
     longer = {**GUARDED, "train.steps": 20, "optim.lr": 1e-4}
     with pytest.raises(UserError) as caught:
         run.check_identity(IDENTITY, longer, ["train.steps"])
@@ -226,6 +289,7 @@ def test_guarded_keys_change_when_allowed_and_are_kept(run: RunDir) -> None:
         "train.steps": [10, 20],
         "optim.lr": [1e-3, 1e-4],
     }
+    run.record_identity(IDENTITY, longer)
     assert run.check_identity(IDENTITY, longer, []) == {}
     with pytest.raises(UserError, match="the run has 20, this start has 10"):
         run.check_identity(IDENTITY, GUARDED, ["optim.lr"])
@@ -235,7 +299,7 @@ def test_guarded_keys_change_when_allowed_and_are_kept(run: RunDir) -> None:
 
 
 def test_status_says_all(run: RunDir) -> None:
-    run.acquire()
+    acquire(run)
     run.status("preempted", 7, "signal SIGUSR1", requeue=True)
     status = read_json(run.path / "status.json")
     assert abs(status.pop("time") - time.time()) < 10
@@ -280,14 +344,16 @@ def test_read_json_of_nothing_and_of_half(tmp_path: Path) -> None:
     assert read_json(tmp_path / "bytes.json") is None
 
 
-def test_one_rank_claims_the_failure(run: RunDir) -> None:
-    run.attempt = 3
-    ranks = [RunDir(run.path) for _ in range(3)]
+def test_the_first_rank_that_fails_gives_the_reason(run: RunDir) -> None:
+    ranks = [RunDir(run.path) for _ in range(4)]
     for rank in ranks:
         rank.attempt = 3
-    assert [r.claim_failure() for r in [run, *ranks]] == [True, False, False, False]
+    assert [rank.claim_failure(f"rank {r}: its cause") for r, rank in enumerate(ranks)] == [True, False, False, False]
+    ranks[2].failed(7, "connection closed by peer")
+    status = read_json(run.path / "status.json")
+    assert (status["state"], status["step"], status["reason"]) == ("failed", 7, "rank 0: its cause")
     ranks[0].attempt = 4
-    assert ranks[0].claim_failure()
+    assert ranks[0].claim_failure("another attempt, another first")
 
 
 # ---- stopping ----
@@ -316,43 +382,34 @@ def test_signals_set_the_flag_and_go_back_to_what_they_were(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
-def test_watcher_sees_a_stop_request_and_beats(run: RunDir) -> None:
-    run.acquire()
+def wait_for(flag: StopFlag) -> None:
+    deadline = time.monotonic() + 30
+    while not flag.wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_the_holder_sees_a_stop_request_and_beats(run: RunDir) -> None:
+    flag = acquire(run)
     os.utime(run.path / "lock", (0, 0))
-    flag = StopFlag()
-    watcher = Watcher(run, flag)
-    watcher.start()
-    try:
-        (run.path / "stop_request").write_text('{"reason": "time lim')  # being written
-        time.sleep(1.5)
-        assert not flag.wanted
-        write_json(run.path / "stop_request", {"reason": "time limit", "requeue": True})
-        deadline = time.monotonic() + 15
-        while not flag.wanted and time.monotonic() < deadline:
-            time.sleep(0.05)
-    finally:
-        watcher.stop()
+    (run.path / "stop_request").write_text('{"reason": "time lim')  # being written
+    time.sleep(1.5)
+    assert not flag.wanted
+    write_json(run.path / "stop_request", {"reason": "time limit", "requeue": True})
+    wait_for(flag)
     assert (flag.wanted, flag.requeue, flag.reason) == (True, True, "time limit")
     assert (run.path / "lock").stat().st_mtime > time.time() - 60
-    assert not watcher.is_alive()
 
 
-@pytest.mark.parametrize("request_text", ["", "[]", '"stop"', "{}", "null"])
-def test_watcher_outlives_a_stop_request_of_any_form(run: RunDir, request_text: str) -> None:
-    """People touch the file by hand."""
-    run.acquire()
-    flag = StopFlag()
-    watcher = Watcher(run, flag)
-    (run.path / "stop_request").write_text(request_text)
-    watcher.start()
-    time.sleep(1.3)
-    assert watcher.is_alive()
+def test_a_stop_request_that_is_none_does_no_harm(run: RunDir) -> None:
+    """People write the file by hand."""
+    flag = acquire(run)
+    for text in ("", '["stop"]'):
+        (run.path / "stop_request").write_text(text)
+        time.sleep(1.2)
+        assert not flag.wanted
     write_json(run.path / "stop_request", {"reason": "please"})
-    deadline = time.monotonic() + 15
-    while not flag.wanted and time.monotonic() < deadline:
-        time.sleep(0.05)
-    watcher.stop()
-    assert flag.wanted
+    wait_for(flag)
+    assert (flag.wanted, flag.requeue, flag.reason) == (True, False, "please")
 
 
 def test_environment_tells_versions_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

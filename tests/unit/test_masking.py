@@ -1,6 +1,7 @@
 """Masking: the shares that the rule asks for, special tokens left alone, and draws that belong to a token and nothing else."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def ids(tokenizer: TextTokenizer) -> np.ndarray:
     """About 100,000 tokens, every special token among them."""
     content, offsets = tokenizer.encode(TEXTS)
     cls, sep, pad, mask_id = ([i] for i in (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id))
-    parts = [np.concatenate([cls, content[a:b], sep]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    parts = [np.concatenate([cls, content[a:b], sep]) for a, b in pairwise(offsets)]
     out = np.concatenate([*parts, pad * 500, mask_id * 500]).astype(tokenizer.dtype)
     unk = tokenizer.backend.token_to_id("[UNK]")
     assert np.isin([*cls, *sep, *pad, *mask_id, unk], out).all() and (out == unk).sum() >= 2 * len(TEXTS)

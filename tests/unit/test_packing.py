@@ -53,7 +53,9 @@ def test_truncate_keeps_heads_and_counts_the_rest(kind: str, lengths: list[int],
     where = offsets(lengths)
     pieces = pack(where, seq_len, kind, "truncate", (0,))
     heads = [
-        i for start, n in zip(where[:-1].tolist(), lengths, strict=True) for i in range(start, start + min(n, seq_len - 2))
+        i
+        for start, n in zip(where[:-1].tolist(), lengths, strict=True)
+        for i in range(start, start + min(n, seq_len - 2))
     ]
     assert sorted(content(pieces)) == heads
     assert len(heads) + pieces.truncated == where[-1]
@@ -82,7 +84,9 @@ def test_best_fit_keeps_pieces_whole(lengths: list[int], seq_len: int, key: int)
     where = offsets(lengths)
     whole = pack(where, seq_len, "none", "chunk", (key,))
     packed = pack(where, seq_len, "best_fit", "chunk", (key,))
-    assert sorted(zip(packed.starts, packed.lengths, strict=True)) == sorted(zip(whole.starts, whole.lengths, strict=True))
+    assert sorted(zip(packed.starts, packed.lengths, strict=True)) == sorted(
+        zip(whole.starts, whole.lengths, strict=True)
+    )
     # No two rows would fit in one: their sum is over seq_len, for best fit opens a row only when none has room.
     rows = np.sort(row_lengths(packed))
     assert len(rows) < 2 or rows[0] + rows[1] > seq_len
