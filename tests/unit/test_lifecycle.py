@@ -126,7 +126,7 @@ def test_a_process_that_only_has_the_same_number_is_taken_over(run: RunDir) -> N
 def test_a_lock_of_another_host_lives_by_its_heartbeat(run: RunDir) -> None:
     killed_start(run)
     edit_lock(run, host="elsewhere", attempt=4)
-    with pytest.raises(UserError, match="attempt 4 .* on elsewhere"):
+    with pytest.raises(UserError, match=r"attempt 4 .* on elsewhere"):
         acquire(run)
     old = time.time() - lifecycle.STALE_AFTER_S - 1
     os.utime(run.path / "lock", (old, old))
