@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     answers = [fill(model, tokenizer, text, args.top) for text in args.text]
     console = Console()
     for text, masks in zip(args.text, answers, strict=True):
-        table = Table(title=Text(text, style="bold"), title_justify="left", min_width=min(40, console.width))
+        console.print(Text(text, style="bold"))
+        table = Table(min_width=min(40, console.width))
         for number in range(1, len(masks) + 1):
             table.add_column("token" if len(masks) == 1 else f"token {number}")
             table.add_column("probability", justify="right")

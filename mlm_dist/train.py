@@ -5,28 +5,25 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlm_dist import checkpoint, distributed, ds_config, evaluate
-from mlm_dist.config import Config, Invocation, load
+from mlm_dist import checkpoint, distributed, evaluate
+from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
-from mlm_dist.data import tokenizer as tokenizers
-from mlm_dist.data.manifest import Manifest
-from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.rng import keyed_seed
-from mlm_dist.data.stream import Batch, Stream, open_stream
+from mlm_dist.data.stream import Batch
 from mlm_dist.engine import Engine
 from mlm_dist.errors import UserError
+from mlm_dist.inputs import Inputs
 from mlm_dist.ledger import DataLoss, Ledger
 from mlm_dist.lifecycle import (
     EXIT_FAILED,
@@ -40,6 +37,7 @@ from mlm_dist.lifecycle import (
     stop_signals,
     write_json,
 )
+from mlm_dist.meter import Meter, peak_memory_gib
 from mlm_dist.model import bert
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.optim import lr_factor
@@ -47,79 +45,6 @@ from mlm_dist.tracking import Tracker
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
 OTHERS_WAIT_S = 5.0
-
-
-class Inputs:
-    """Everything that the config names, opened and checked against each other; nothing expensive.
-
-    Raises:
-        UserError: something is missing, damaged or does not fit.
-    """
-
-    def __init__(self, config: Config, world_size: int):
-        if config.train.global_batch < world_size:
-            raise UserError(
-                f"train.global_batch: {config.train.global_batch} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
-            )
-        self.template = ds_config.load_template(config.deepspeed.config)
-        self.ds_config = ds_config.merge(
-            self.template,
-            precision=config.train.precision,
-            clip=config.train.clip,
-            micro_batch=config.train.micro_batch,
-        )
-        self.manifest = Manifest.read(config.data.manifest)
-        self.manifest.check_files()
-        self.val_manifest = Manifest.read(config.data.val_manifest) if config.data.val_manifest else None
-        if self.val_manifest is not None:
-            self.val_manifest.check_files()
-        # A batch must hold a row of every lane, or the run would end at the first batch whose lanes have ended.
-        most = min(config.train.global_batch, self.manifest.num_blocks)
-        if config.data.lanes is not None and config.data.lanes > most:
-            raise UserError(
-                f"data.lanes: {config.data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and the "
-                f"manifest has {self.manifest.num_blocks} blocks (mlm-dist prepare --block-size makes more)."
-            )
-        self.pretrained_tokenizer = tokenizers.load_pretrained(config.data.tokenizer)
-        self.tokenizer = tokenizers.from_pretrained(self.pretrained_tokenizer)
-        self.bert_config = bert.load_config(
-            config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
-        )
-        bert.check_vocabulary(config.model, self.pretrained_tokenizer.get_vocab())
-        bert.check_fit(self.bert_config, vocab_size=self.tokenizer.vocab_size, seq_len=config.data.seq_len)
-
-    def stream(self, config: Config, rank: int, world_size: int) -> Stream:
-        """This rank's training stream."""
-        return open_stream(
-            config.data,
-            config.mask,
-            self.manifest,
-            self.tokenizer,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=rank,
-            world_size=world_size,
-            epochs=config.train.epochs,
-        )
-
-    def val_stream(self, config: Config, rank: int, world_size: int) -> Stream | None:
-        """This rank's part of the validation set, or None without one. Masks are BERT's, whatever the training's."""
-        if self.val_manifest is None:
-            return None
-        return open_stream(
-            config.data,
-            MaskConfig(),
-            self.val_manifest,
-            self.tokenizer,
-            seed=config.eval.seed,
-            global_batch=config.eval.batch,
-            micro_batch=config.train.micro_batch,
-            rank=rank,
-            world_size=world_size,
-            epochs=1,
-            validation=True,
-        )
 
 
 class Run:
@@ -147,16 +72,12 @@ class Run:
         if self.is_first:
             try:
                 answer = self._open_first()
-            except UserError as error:
-                answer = {"error": str(error)}
-            except Exception as error:
-                # The others must hear of it, or they would wait.
-                answer = {"failure": f"{type(error).__name__}: {error}"}
+            except (UserError, OSError) as error:  # the others must hear of it, or they would wait
+                prefix = "" if isinstance(error, UserError) else f"run.dir: {str(self.dir.path)!r} cannot be used: "
+                answer = {"error": f"{prefix}{error}"}
         answer = self.control.broadcast(answer)
         if "error" in answer:
             raise UserError(answer["error"])
-        if "failure" in answer:
-            raise RuntimeError(f"the run directory {self.dir.path} cannot be taken: {answer['failure']}")
         self.dir.attempt, self.finished_before = answer["attempt"], answer["finished"]
         self.lost = frozenset(answer["lost"])
         return answer["checkpoint"]
@@ -221,8 +142,8 @@ class Run:
     def build(self, path: Path | None) -> None:
         """Model, engine and stream, as new or as the checkpoint ``path`` left them."""
         config, inputs = self.config, self.inputs
-        self.stream = inputs.stream(config, self.topology.rank, self.topology.world_size)
-        self.val_stream = inputs.val_stream(config, self.topology.rank, self.topology.world_size)
+        self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
+        self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
         section = config.model
         if path is not None and section.init == "pretrained":
             # The checkpoint holds every weight; those that the model started from need not be read.
@@ -274,7 +195,7 @@ class Run:
         self.console.say(
             f"model of {self.num_parameters / 1e6:.1f} M parameters; {manifest.num_documents:,} documents, {manifest.num_bytes / 1e6:.1f} MB in "
             f"{len(manifest.shards)} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
-            f"{stream.micro_batches(self.step)} micro-batches of {config.train.micro_batch} on each rank"
+            f"{stream.micro_batches(self.step)} x {config.train.micro_batch} on each rank"
         )
         even = [
             w for w in range(1, 2 * world + 1) if stream.order.lanes % w == 0 and config.train.global_batch % w == 0
@@ -429,7 +350,7 @@ class Run:
             "step_time": step_time,
             "epoch": epoch,
             "progress": progress,
-            "memory_gib": _peak_memory_gib(self.topology),
+            "memory_gib": peak_memory_gib(self.topology.device),
             "selected": selected,
             "skipped": self.skipped,
         }
@@ -540,46 +461,6 @@ class Run:
             self.tracker.finish(1)
         with contextlib.suppress(OSError):
             self.dir.release()
-
-
-class Meter:
-    """Time between two logging steps: waiting for data, per step, and useful tokens per second. Pauses do not count."""
-
-    def __init__(self, step: int, tokens: int):
-        self._step, self._tokens, self._wait = step, tokens, 0.0
-        self._since = self._mark = time.perf_counter()
-
-    def wait_begins(self) -> None:
-        """The loop asks for data."""
-        self._mark = time.perf_counter()
-
-    def wait_ends(self) -> None:
-        """The data is there."""
-        self._wait += time.perf_counter() - self._mark
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside is not training."""
-        begun = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begun
-
-    def read(self, step: int, tokens: int) -> tuple[float, float, float]:
-        """(seconds waited for data per step, seconds per step, tokens per second) since the last call."""
-        now = time.perf_counter()
-        steps, span = max(1, step - self._step), max(1e-9, now - self._since)
-        out = self._wait / steps, span / steps, (tokens - self._tokens) / span
-        self._step, self._tokens, self._wait, self._since = step, tokens, 0.0, now
-        return out
-
-
-def _peak_memory_gib(topology: distributed.Topology) -> float:
-    """Peak memory of this rank in GiB: the device's on CUDA, the process's on CPU."""
-    if topology.device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(topology.device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def run(invocation: Invocation) -> int:

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
@@ -98,31 +97,17 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     import sys
 
     from mlm_dist.config import load as load_config
-    from mlm_dist.data.manifest import Manifest
-    from mlm_dist.data.stream import open_stream
-    from mlm_dist.data.tokenizer import load as load_tokenizer
+    from mlm_dist.inputs import DataInputs
 
     config = load_config(["--config", args.config, *overrides], prog=f"mlm-dist data {args.data_command}").config
-    world_size, workers = (args.world_size, args.workers) if args.data_command == "hash" else (1, 0)
-    if world_size < 1 or workers < 0:
-        raise UserError(f"--world-size: {world_size} must be at least 1 and --workers: {workers} at least 0.")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    manifest = Manifest.read(config.data.manifest)
-    streams = [
-        open_stream(
-            replace(config.data, workers=workers),
-            config.mask,
-            manifest,
-            tokenizer,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=rank,
-            world_size=world_size,
-            epochs=config.train.epochs,
+    world_size, config.data.workers = (args.world_size, args.workers) if args.data_command == "hash" else (1, 0)
+    if world_size < 1 or config.data.workers < 0:
+        raise UserError(
+            f"--world-size: {world_size} must be at least 1 and --workers: {config.data.workers} at least 0."
         )
-        for rank in range(world_size)
-    ]
+    inputs = DataInputs(config)
+    tokenizer = inputs.tokenizer
+    streams = [inputs.stream(rank, world_size) for rank in range(world_size)]
     if args.data_command == "hash":
         start, stop = parse_steps(args.steps)
         total = hashlib.sha256()

@@ -53,3 +53,7 @@ def test_too_many_lost_documents_end_the_job_with_the_list_shown_once(tmp_path: 
     status = read_json(tmp_path / "runs" / "run" / "status.json")
     assert status["state"] == "failed" and "DataLoss" in status["reason"]
     assert not (tmp_path / "runs" / "run" / "lock").exists()
+    # Starting again does not creep past the limit.
+    again = Program(config, 1)
+    assert again.start().wait() == [2]
+    assert "data.max_bad_fraction" in again.output() and "Traceback" not in again.output()

@@ -74,6 +74,11 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     again = Program(config, 1).start().finish()
     assert "passed over" in again.output()
     assert losses(run) == losses(tmp_path / "runs" / "whole")
+    for path in run.glob("checkpoints/step_*/*.safetensors"):
+        path.write_bytes(b"")
+    longer = Program(config, 1, ["--train.steps", "14", "--allow_change", "train.steps"])
+    assert longer.start().wait() == [2]  # rather than from the start, over the old run
+    assert "checkpoints is whole" in longer.output()
 
 
 def test_a_second_start_while_the_first_lives_exits_2(tmp_path: Path) -> None:
@@ -98,7 +103,7 @@ def test_a_second_start_while_the_first_lives_exits_2(tmp_path: Path) -> None:
 
 
 def test_stop_request_reaches_all_ranks_and_is_resumed(tmp_path: Path) -> None:
-    config = save_config(tmp_path, train={"steps": 400})
+    config = save_config(tmp_path, train={"steps": 5000})
     run = tmp_path / "runs" / "run"
     first = Program(config, 2).start()
     first.wait_for_step(run, 2)

@@ -108,6 +108,20 @@ def test_equals_stock_bert(back_end: str, lengths: list[int], rate: float) -> No
         )
 
 
+@pytest.mark.parametrize("lengths", [[24, 24, 24], [24, 7, 1]], ids=["full", "padded"])
+def test_logits_equal_stock_to_1e_6_at_weights_of_the_usual_size(lengths: list[int]) -> None:
+    theirs = stock()
+    with torch.no_grad():  # BERT's own scale, 0.02; the other tests use ten times that, where rounding is larger too
+        for name, parameter in theirs.named_parameters():
+            centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            parameter.sub_(centre).mul_(0.1).add_(centre)
+    ours = MaskedLM(theirs)
+    batch = select(pack([[document] for document in documents(lengths)], 24), 0.15)
+    logits = theirs(batch["input_ids"], attention_mask=(batch["segment_ids"] > 0).long()).logits
+    expected = logits.flatten(0, 1)[batch["selected"]]
+    torch.testing.assert_close(ours.logits(encode(ours, batch), batch["selected"]), expected, atol=1e-6, rtol=0)
+
+
 def test_default_back_end_equals_stock_default() -> None:
     ours, theirs = MaskedLM(stock()), stock()
     batch = select(pack([[document] for document in documents([20, 20])], 20), 0.3)

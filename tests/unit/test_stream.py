@@ -1,6 +1,7 @@
 """The stream's contracts: the same batches whatever the ranks and workers, every document once an epoch, resume at any batch."""
 
 import hashlib
+import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlm_dist.data.block import BlockMaker
+from mlm_dist.data.block import BlockError, BlockMaker
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.rows import Rows
@@ -298,3 +299,51 @@ def test_merge_orders_by_row_number(corpus: Manifest, tokenizer: TextTokenizer) 
     merged = Chunk.merge([chunk])
     assert merged.bytes.tolist() == (np.arange(n) * 10).tolist()
     assert digest(merged.rows.take(index)) == digest(rows)
+
+
+def test_resume_with_more_lanes_than_a_message_has_rows(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    manifest = Manifest.read(save_corpus(tmp_path, documents(700, longest=20), shards=2, per_member=1))
+    made = maker(manifest, tokenizer)
+    for workers in (0, 2):
+        stream = Stream(made, 64, 8, workers=workers)
+        assert stream.order.lanes == 43  # does not divide 64: the resume begins inside a round
+        batches = stream.batches()
+        first = [next(batches) for _ in range(4)]
+        again = stream.batches(1, first[0].cursors)
+        assert [digest(next(again).rows) for _ in range(3)] == [digest(b.rows) for b in first[1:]]
+
+
+def test_a_lane_that_lost_everything_is_empty_alike_whatever_the_ranks(
+    corpus: Manifest, tokenizer: TextTokenizer
+) -> None:
+    made = maker(corpus, tokenizer)
+    order = Stream(made, 8, 4, lanes=4).order
+    lost = frozenset((epoch, int(block)) for epoch in range(2) for block in order.epoch(epoch)[1])
+    reference: list[list[bool]] = []
+    for world, workers in ((1, 0), (2, 0), (1, 2), (4, 1)):
+        live = np.zeros((60, 8), bool)
+        for rank in range(world):
+            stream = Stream(made, 8, 4, rank=rank, world_size=world, workers=workers, lanes=4)
+            for step, batch in zip(range(60), stream.batches(lost=lost), strict=False):
+                live[step, batch.index - 8 * step] = batch.live
+        reference = reference or live.tolist()
+        assert live.tolist() == reference
+    assert not np.asarray(reference)[0, [1, 5]].any() and np.asarray(reference)[-1].all()
+
+
+def test_a_block_begun_that_is_gone_stops_the_resume(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = save_corpus(tmp_path, [" ".join(TEXTS)], shards=1)
+    stream = Stream(maker(Manifest.read(path), tokenizer), 4, 4)
+    cursors = next(stream.batches()).cursors
+    assert cursors[0, 2] == 4  # inside the block
+    Manifest.read(path).shard_path(0).write_bytes(b"")
+    gone = Stream(maker(Manifest.read(path), tokenizer), 4, 4)
+    with pytest.raises(BlockError, match="4 rows are in the run already"):
+        next(gone.batches(1, cursors))
+
+
+def test_a_tokenizer_sent_to_a_worker_still_takes_special_tokens_for_text(tokenizer: TextTokenizer) -> None:
+    text = ["the [MASK] of"]
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    assert sent.encode(text)[0].tolist() == tokenizer.encode(text)[0].tolist()
+    assert tokenizer.mask_id not in tokenizer.encode(text)[0]
