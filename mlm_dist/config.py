@@ -100,7 +100,6 @@ class Config:
             check = getattr(getattr(self, section.name), "check", None)
             if check:
                 check()
-        self.optim.validate()
 
     def flat(self) -> dict[str, Any]:
         """``{"section.key": value}`` in plain types (tuples become lists)."""

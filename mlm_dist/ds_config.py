@@ -25,10 +25,13 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass
 class DeepSpeedSection:
-    """Which template (section `deepspeed`)."""
+    """Which DeepSpeed template.
+
+    Attributes:
+        config: a template's name (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or the path of a JSON file.
+    """
 
     config: str = "zero2"
-    """A template's name (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or the path of a JSON file."""
 
 
 # What a template may hold: the type of a value, or the keys of a section. "count" takes 5e8 for 500000000, as people

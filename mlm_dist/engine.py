@@ -80,7 +80,7 @@ class Engine:
 
         from mlm_dist.zero_state import zero_state
 
-        optim.validate()
+        optim.check()
         if deterministic and device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

@@ -19,21 +19,27 @@ Schedule = Literal["linear", "constant"]
 
 @dataclass
 class OptimConfig:
-    """The optimizer (section `optim`)."""
+    """The optimizer and its learning rate.
+
+    Attributes:
+        name: adamw (Loshchilov and Hutter 2019), torch's own.
+        lr: peak learning rate, reached after the warm-up.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; biases and LayerNorms never decay.
+        warmup: length of the linear warm-up, a fraction of the run when below 1, else a number of steps.
+        schedule: after the warm-up, linear falls to 0 at the run's end, constant stays.
+    """
 
     name: Literal["adamw"] = "adamw"
     lr: float = 1e-4
-    """Peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    """Decoupled; biases and LayerNorms never decay."""
     warmup: float = 0.0
-    """Length of the linear warm-up: a fraction of the run when below 1, else a number of steps."""
     schedule: Schedule = "linear"
-    """After the warm-up: `linear` falls to 0 at the run's end, `constant` stays."""
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """Raises UserError, naming the field, for a value that cannot be meant."""
         beta1, beta2 = self.betas
         checks = (

@@ -90,5 +90,5 @@ def test_a_fraction_warms_up_over_that_part_of_the_run() -> None:
 )
 def test_a_setting_that_is_not_possible_is_named(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"optim.{next(iter(change))}"):
-        dataclasses.replace(OptimConfig(), **change).validate()
-    OptimConfig().validate()
+        dataclasses.replace(OptimConfig(), **change).check()
+    OptimConfig().check()
