@@ -86,7 +86,8 @@ def lr_factor(step: int, progress: float, *, warmup: float, schedule: Schedule) 
         return warm
     if schedule == "constant":
         return 1.0
-    return (1.0 - progress) / (1.0 - warmed_at) if warmed_at < 1 else 0.0
+    # Rounding may put the warm-up's end a bit past the progress that it was taken from.
+    return min(1.0, (1.0 - progress) / (1.0 - warmed_at)) if warmed_at < 1 else 0.0
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
