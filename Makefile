@@ -39,9 +39,9 @@ demo: $(STAMP) ## train a small BERT on text that every Python carries, then ask
 	$(BIN)/mlm-dist report $(DEMO)
 	$(BIN)/mlm-dist export $(DEMO)
 	$(BIN)/mlm-dist fill-mask $(DEMO)/export \
-		"The class [MASK] is called with the instance as its first argument." \
-		"If the object is not [MASK], an exception is raised." \
-		"The value of the expression is a new [MASK]."
+		"Return [MASK] if the object is a string, otherwise return False." \
+		"The first argument [MASK] be a string." \
+		"Raise [MASK] error if the key is not found."
 
 smoke: $(STAMP) ## the same in seconds: 20 steps of a tiny BERT, in one process
 	$(BIN)/mlm-dist prepare --builtin python-docs --output data/smoke

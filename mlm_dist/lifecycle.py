@@ -117,7 +117,6 @@ class RunDir:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "started": _started(os.getpid()),
-                "job": os.environ.get("MLM_JOB_ID"),
             }
             try:
                 fd = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
