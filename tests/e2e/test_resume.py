@@ -9,6 +9,7 @@ import pytest
 
 from mlm_dist import checkpoint
 from mlm_dist.lifecycle import read_json
+from mlm_dist.tracking import read_metrics
 from tests.e2e.program import Program, losses, save_config
 
 pytestmark = pytest.mark.timeout(400)
@@ -125,3 +126,23 @@ def test_finished_run_says_so(tmp_path: Path) -> None:
     assert "is finished; nothing to do" in again.output()
     longer = Program(config, 1, ["--train.steps", "4", "--allow_change", "train.steps"]).start().finish()
     assert sorted(losses(tmp_path / "runs" / "run")) == [1, 2, 3, 4], longer.output()
+
+
+def test_a_run_of_epochs_ends_alike_on_any_ranks_and_after_a_kill(tmp_path: Path) -> None:
+    config = save_config(
+        tmp_path,
+        model={"hidden_dropout": 0.0, "attention_dropout": 0.0},
+        train={"steps": None, "epochs": 1, "global_batch": 40, "micro_batch": 20},
+    )
+    runs = tmp_path / "runs"
+    Program(config, 1, ["--run.name", "whole"]).start().finish()
+    killed = Program(config, 3).start()
+    killed.wait_for_step(runs / "run", 4)
+    killed.kill()
+    Program(config, 2).start().finish()
+    whole, got = losses(runs / "whole"), losses(runs / "run")
+    assert len(whole) > 8 and sorted(got) == sorted(whole)
+    assert max(abs(got[s] - whole[s]) for s in whole) < 1e-5
+    last = read_metrics(runs / "run" / "metrics.jsonl")[-1]
+    assert last["kind"] == "val" and last["step"] == max(whole)
+    assert read_json(runs / "run" / "status.json")["state"] == "finished"
