@@ -38,9 +38,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A UserError is printed as one message and gives 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["train"]:
-        return int(importlib.import_module("mlm_dist.train").main(words[1:]))
     try:
+        if words[:1] == ["train"]:
+            return int(importlib.import_module("mlm_dist.train").main(words[1:]))
         parser = _parser(words)
         args, rest = parser.parse_known_args(words)
         module = importlib.import_module(COMMANDS[args.command][0])

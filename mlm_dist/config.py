@@ -68,7 +68,9 @@ class TrainConfig:
     def check(self) -> None:
         """Raises UserError for values that no run can have."""
         if (self.steps is None) == (self.epochs is None):
-            raise UserError(f"train.steps: {self.steps}, train.epochs: {self.epochs}; give exactly one of them.")
+            raise UserError(
+                f"train.steps: {self.steps}, train.epochs: {self.epochs}; give exactly one of them (--train.epochs null unsets the other)."
+            )
         for key in ("steps", "epochs", "global_batch", "micro_batch", "max_skipped"):
             value = getattr(self, key)
             if value is not None and value < 1:

@@ -295,7 +295,9 @@ def _training_facts(run_dir: Path, step: int, trainer: Mapping[str, Any], config
     if train and train[-1].get("epoch") is not None:
         facts["Epochs"] = f"{train[-1]['epoch']:.3g}"
     if train and train[-1].get("loss") is not None:
-        facts["Training loss"] = f"{train[-1]['loss']:.4f} nats per masked token (step {train[-1]['step']:,})"
+        # With labels: all the loss is over unmasked tokens too; validation is always over masked ones.
+        kind = "masked" if (config.get("mask") or {}).get("labels", "masked") == "masked" else "labelled"
+        facts["Training loss"] = f"{train[-1]['loss']:.4f} nats per {kind} token (step {train[-1]['step']:,})"
     if val:
         last = val[-1]
         more = [f"perplexity {last['perplexity']:.2f}"] if last.get("perplexity") is not None else []

@@ -24,12 +24,18 @@ class DataInputs:
         self.val_manifest = Manifest.read(config.data.val_manifest) if config.data.val_manifest else None
         if self.val_manifest is not None:
             self.val_manifest.check_files()
+        for key, manifest in (("manifest", self.manifest), ("val_manifest", self.val_manifest)):
+            if manifest is not None and manifest.text_field not in (None, config.data.text_field):
+                raise UserError(
+                    f"data.text_field: {config.data.text_field!r}, but data.{key} {getattr(config.data, key)!r} was indexed with --field "
+                    f"{manifest.text_field}; set data.text_field: {manifest.text_field}."
+                )
         # A batch must hold a row of every lane, or the run would end at the first batch whose lanes have ended.
         most = min(config.train.global_batch, self.manifest.num_blocks)
         if config.data.lanes is not None and config.data.lanes > most:
             raise UserError(
-                f"data.lanes: {config.data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and the "
-                f"manifest has {self.manifest.num_blocks} blocks (mlm-dist prepare --block-size makes more)."
+                f"data.lanes: {config.data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and "
+                f"data.manifest has {self.manifest.num_blocks} blocks."
             )
         self.pretrained_tokenizer = tokenizers.load_pretrained(config.data.tokenizer)
         self.tokenizer = tokenizers.from_pretrained(self.pretrained_tokenizer)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from mlm_dist.errors import UserError
 from mlm_dist.files import write_atomically
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 HEARTBEAT_S, STALE_AFTER_S = 5.0, 60.0
 State = Literal["running", "preempted", "cancelled", "finished", "failed"]
 
@@ -57,12 +57,13 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1).encode())
 
 
-def read_json(path: Path) -> Any:
-    """The file's JSON, or None when it is missing or torn."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's JSON object, or None when it is missing, torn or no object."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 class RunDir:
@@ -193,6 +194,10 @@ class RunDir:
             any(self.path.glob("checkpoints/step_*")) or (metrics.exists() and metrics.stat().st_size)
         ):
             return {}
+        if not all(isinstance(recorded.get(part), dict) for part in ("identity", "guarded")):
+            raise UserError(
+                f"{self.path / 'identity.json'} is damaged; give it back, or start another run with --run.name."
+            )
         wrong = _differences(recorded["identity"], identity)
         if wrong:
             raise UserError(

@@ -28,6 +28,7 @@ from mlm_dist.ledger import DataLoss, Ledger
 from mlm_dist.lifecycle import (
     EXIT_FAILED,
     EXIT_FINISHED,
+    EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     RunDir,
@@ -105,9 +106,10 @@ class Run:
                     verdict + "\nMend the data, or raise data.max_bad_fraction to go on without these documents."
                 )
             if not finished:
-                self.dir.status("running", 0 if found is None else checkpoint.Reader(found).step)
-                self.dir.record_identity(identity, config.guarded())
                 self._describe(changed)
+                self.dir.status("running", 0 if found is None else checkpoint.Reader(found).step)
+                # After the status: a start that dies between them still sees what --allow_change changed.
+                self.dir.record_identity(identity, config.guarded())
         except BaseException:
             self.dir.release()
             raise
@@ -517,6 +519,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [w for w in (sys.argv[1:] if argv is None else argv) if not w.startswith(("--local_rank", "--local-rank"))]
     try:
         return run(load(words))
+    except KeyboardInterrupt:  # during set-up; later a signal asks the run to stop
+        return EXIT_INTERRUPTED
     except UserError as error:
         report_user_error(error)
         distributed.shutdown()

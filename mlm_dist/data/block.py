@@ -94,6 +94,8 @@ class BlockMaker:
             documents, causes = self._documents(shard_index, index)
         except BlockError as error:
             return self.no_rows(), [replace(fault, whole=True, documents=int(shard.documents[index]), cause=str(error))]
+        if len(documents) >= int(shard.documents[index]):
+            causes = []  # the block is as it was when the manifest was made, which counts only what could be read and told of the rest
         key = (self.seed, epoch, self.source, shard.path, index)
         if self.shuffle:
             documents = [documents[i] for i in permutation(len(documents), *key, "order")]

@@ -123,6 +123,12 @@ class Manifest:
                 digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    @property
+    def text_field(self) -> str | None:
+        """The field of JSON members that was counted as text, where ``index`` made the manifest; else None."""
+        options = self.info.get("options")
+        return options.get("field") if self.info.get("tool") == "mlm-dist index" and isinstance(options, dict) else None
+
     def shard_path(self, i: int) -> Path:
         """Where shard `i` lies."""
         return self.root / self.shards[i].path

@@ -50,7 +50,8 @@ def split_name(name: str) -> tuple[str, Codec]:
 
 def is_text_member(name: str) -> bool:
     """Whether `read_documents` reads a member of this name; any other member is no text and gives nothing."""
-    return split_name(name)[0] in _SUFFIXES
+    # Hidden files are no texts of the user's: macOS's tar adds a ._NAME of attributes to each.
+    return split_name(name)[0] in _SUFFIXES and not name.rpartition("/")[2].startswith(".")
 
 
 def read_documents(
@@ -59,7 +60,7 @@ def read_documents(
     """Yield the documents of one member in their order.
 
     `.txt` is one document, `.json` one (the string in `field`), `.jsonl` one for each line that is not blank; each may
-    also be compressed (`.gz`, `.zst`). A member of another suffix gives nothing.
+    also be compressed (`.gz`, `.zst`). A member of another suffix, or a hidden one, gives nothing.
 
     Args:
         name: The member's name; its suffixes say how to read it.
@@ -70,9 +71,9 @@ def read_documents(
     Raises:
         MemberError: A broken or too large compressed member. Nothing of it has been given then.
     """
-    suffix, codec = split_name(name)
-    if suffix not in _SUFFIXES:
+    if not is_text_member(name):
         return
+    suffix, codec = split_name(name)
     content = _decompress_all(data, codec, max_bytes) if codec else data
     if content[:3] == _BOM:
         content = content[3:]

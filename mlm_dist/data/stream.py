@@ -153,6 +153,7 @@ class LaneReader:
                 # One empty row, then another look: how far a lane without text goes on must not depend on how many rows were asked for.
                 parts.append(Rows.empty(1, tok.cls_id, tok.sep_id, tok.dtype))
                 cursors[done] = self.epoch, self.position, self.row
+                sizes[done], self._pending_bytes = self._pending_bytes, 0
                 live[done], done = False, done + 1
                 continue
             total = len(self._rows)
@@ -172,14 +173,13 @@ class LaneReader:
     def _open(self) -> list[DataFault]:
         """Move to the next block that has rows, unless one is open. Leaves ``_rows`` None at the lane's end, or when a whole epoch of it holds no text."""
         faults: list[DataFault] = []
-        empty_blocks = 0
+        once_around = self.epoch + 1, self.position
         while self._rows is None and (self.epochs is None or self.epoch < self.epochs):
-            blocks = self.order.epoch(self.epoch)[self.lane]
-            if empty_blocks > len(blocks):
+            if (self.epoch, self.position) >= once_around:
                 break
+            blocks = self.order.epoch(self.epoch)[self.lane]
             if self.position >= len(blocks):
                 self.epoch, self.position, self.row = self.epoch + 1, 0, 0
-                empty_blocks += not len(blocks)
                 continue
             block = int(blocks[self.position])
             self._size = int(self._sizes[block])
@@ -198,7 +198,6 @@ class LaneReader:
             else:
                 self._pending_bytes += self._size
                 self._next_block()
-                empty_blocks += 1
         return faults
 
     def _next_block(self) -> None:

@@ -90,7 +90,7 @@ def make_tokenizer(vocabulary: dict[str, int], *, lowercase: bool = True) -> "Pr
 
 
 def source_documents(
-    inputs: list[str], builtins: list[str], field: str, manifest: Path | None
+    inputs: list[str], builtins: list[str], field: str | None, manifest: Path | None
 ) -> Callable[[], Iterator[str]]:
     """What gives the documents of text inputs, or of a manifest's shards; documents that cannot be read are left out.
 
@@ -102,10 +102,13 @@ def source_documents(
     if manifest:
         corpus = Manifest.read(manifest)
         corpus.check_files()
-        return lambda: _manifest_documents(corpus, field)
+        return lambda: _manifest_documents(corpus, field or corpus.text_field or "text")
     parts = find_parts(find_sources(inputs, builtins))
     return lambda: (
-        document for part in parts for _, document in read_part(part, field) if not isinstance(document, LostDocument)
+        document
+        for part in parts
+        for _, document in read_part(part, field or "text")
+        if not isinstance(document, LostDocument)
     )
 
 
@@ -172,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vocab-size", type=int, required=True, help="entries; a multiple of 64 is quickest on a GPU")
     add("--cased", action="store_true", help="keep case and accents (default: as bert-base-uncased)")
     add("--min-frequency", type=int, default=2, help="how often a pair must occur (default: %(default)s)")
-    add("--field", default="text", help="field of JSON records that is the text (default: %(default)s)")
+    add("--field", help="field of JSON records that is the text (default: the manifest's, else text)")
     add("--overwrite", action="store_true", help="replace another tokenizer in the directory")
 
 

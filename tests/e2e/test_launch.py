@@ -27,10 +27,11 @@ def test_launchers_give_the_same_run(tmp_path: Path) -> None:
     Program(config, 2, ["--run.name", "plain"]).start().finish()
     commands = {
         "mlm-launch": ["-m", "launcher.cli", "local", "-n", "2"],
-        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "mlm_dist.train"],
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "mlm_dist.train"],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "PORT", "--module", "mlm_dist.train"],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT", "-m", "mlm_dist.train"],
     }  # fmt: skip
     for name, command in commands.items():
+        command = [str(free_port()) if word == "PORT" else word for word in command]
         done = start([sys.executable, *command, "--config", str(config), "--run.name", name])
         assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
         assert losses(runs / name) == losses(runs / "plain"), name

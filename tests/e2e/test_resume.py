@@ -13,35 +13,45 @@ from mlm_dist.tracking import read_metrics
 from tests.e2e.program import Program, losses, save_config
 
 pytestmark = pytest.mark.timeout(400)
-# The step that each case is killed after: random, but the same for all who run the test.
-KILL_AFTER = random.Random(2026)
+# Long enough that a run still runs when the test has seen the step that it waits for.
+STEPS = 30
+DRAW = random.Random(2026)
+# ZeRO stage, loader workers, the step after which the run is killed and the rank that dies first: random, the same for all who run the test.
+KILLS = [
+    (stage, workers, DRAW.randint(2, STEPS // 2), DRAW.randint(0, 1))
+    for stage, workers in ((0, 0), (1, 2), (2, 0), (3, 2))
+]
 
 
-@pytest.mark.parametrize(("stage", "workers"), [(0, 0), (1, 2), (2, 0), (3, 2)])
-def test_killed_run_equals_uninterrupted_to_the_bit(tmp_path: Path, stage: int, workers: int) -> None:
-    config = save_config(tmp_path, deepspeed={"config": f"zero{stage}"})
+@pytest.mark.parametrize(("stage", "workers", "step", "first"), KILLS)
+def test_killed_run_equals_uninterrupted_to_the_bit(
+    tmp_path: Path, stage: int, workers: int, step: int, first: int
+) -> None:
+    config = save_config(tmp_path, train={"steps": STEPS}, deepspeed={"config": f"zero{stage}"})
     runs = tmp_path / "runs"
     flags = ["--data.workers", str(workers)]
     Program(config, 2, ["--run.name", "whole", *flags]).start().finish()
     killed = Program(config, 2, flags).start()
-    killed.wait_for_step(runs / "run", KILL_AFTER.randint(2, 10))
-    killed.kill([KILL_AFTER.randint(0, 1)])
+    killed.wait_for_step(runs / "run", step)
+    killed.kill([first])
     killed.kill()
     before = losses(runs / "run")
-    assert max(before) < 12
+    assert max(before) < STEPS
     Program(config, 2, flags).start().finish()
     whole = losses(runs / "whole")
-    assert sorted(whole) == list(range(1, 13))
+    assert sorted(whole) == list(range(1, STEPS + 1))
     assert losses(runs / "run") == whole
     assert before == {step: whole[step] for step in before}
     assert losses(runs / "run", "val") == losses(runs / "whole", "val")
-    first, second = (checkpoint.Reader(runs / name / "checkpoints" / checkpoint.name(12)) for name in ("whole", "run"))
+    first, second = (
+        checkpoint.Reader(runs / name / "checkpoints" / checkpoint.name(STEPS)) for name in ("whole", "run")
+    )
     assert all((first.parameter(n) == second.parameter(n)).all() for n in first.names())
     assert read_json(runs / "run" / "status.json")["state"] == "finished"
 
 
 def test_resume_on_other_ranks_and_stages(tmp_path: Path) -> None:
-    config = save_config(tmp_path, model={"hidden_dropout": 0.0, "attention_dropout": 0.0})
+    config = save_config(tmp_path, train={"steps": STEPS}, model={"hidden_dropout": 0.0, "attention_dropout": 0.0})
     runs = tmp_path / "runs"
     Program(config, 2, ["--run.name", "whole"]).start().finish()
     killed = Program(config, 2).start()
@@ -60,7 +70,7 @@ def test_resume_on_other_ranks_and_stages(tmp_path: Path) -> None:
 
 
 def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    config = save_config(tmp_path)
+    config = save_config(tmp_path, train={"steps": STEPS})
     run = tmp_path / "runs" / "run"
     Program(config, 1, ["--run.name", "whole"]).start().finish()
     killed = Program(config, 1).start()
@@ -77,7 +87,7 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert losses(run) == losses(tmp_path / "runs" / "whole")
     for path in run.glob("checkpoints/step_*/*.safetensors"):
         path.write_bytes(b"")
-    longer = Program(config, 1, ["--train.steps", "14", "--allow_change", "train.steps"])
+    longer = Program(config, 1, ["--train.steps", "34", "--allow_change", "train.steps"])
     assert longer.start().wait() == [2]  # rather than from the start, over the old run
     assert "checkpoints is whole" in longer.output()
 

@@ -1,7 +1,9 @@
 """The stream's contracts: the same batches whatever the ranks and workers, every document once an epoch, resume at any batch."""
 
 import hashlib
+import io
 import pickle
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from mlm_dist.data.block import BlockError, BlockMaker
+from mlm_dist.data.index import index
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.rows import Rows
@@ -269,8 +272,6 @@ def test_a_broken_block_is_lost_whole_with_an_exact_count(tmp_path: Path, tokeni
 
 
 def test_a_bad_record_loses_itself_only(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    import io
-    import tarfile
     import zlib
 
     from mlm_dist.data.manifest import Shard
@@ -347,3 +348,33 @@ def test_a_tokenizer_sent_to_a_worker_still_takes_special_tokens_for_text(tokeni
     sent = pickle.loads(pickle.dumps(tokenizer))
     assert sent.encode(text)[0].tolist() == tokenizer.encode(text)[0].tolist()
     assert tokenizer.mask_id not in tokenizer.encode(text)[0]
+
+
+def test_bytes_of_blocks_without_text_are_counted_once_also_after_a_resume(
+    tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    texts = [text if i % 13 == 0 else "   " for i, text in enumerate(documents(120, longest=40))]
+    manifest = Manifest.read(save_corpus(tmp_path, texts, shards=1, per_member=1))
+    stream = Stream(maker(manifest, tokenizer), 8, 4, lanes=8, epochs=3)
+    batches = [b for _, b in zip(range(60), stream.batches(), strict=False)]
+    assert sum(b.bytes for b in batches) == 3 * manifest.num_bytes
+    for k in (1, 2, 3, 10):
+        again = stream.batches(k, batches[k - 1].cursors)
+        assert [next(again).bytes for _ in range(10)] == [b.bytes for b in batches[k : k + 10]]
+
+
+def test_what_the_manifest_told_of_is_no_news(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, payload in (
+            ("a.txt", b"the of"),
+            ("b.txt", b"\xff\xfe"),
+            ("._a.txt", b"\x00\x05\xff"),
+            ("c.txt", b"and"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    manifest = index([str(tmp_path / "a.tar")], tmp_path / "manifest.json")[0]
+    assert manifest.num_documents == 2 and manifest.info["lost_documents"] == 1
+    rows, faults = maker(manifest, tokenizer, packing="none").rows(0, 0)
+    assert len(rows) == 2 and faults == []
