@@ -117,7 +117,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             print(f"step {step:>8}  rows {len(rows):>5}  ids {ids[:16]}  labels {labels[:16]}")
         print(f"all {total.hexdigest()}")
         return 0
-    for step, rows in global_rows(streams, args.step, args.step + 1):
+    found = list(global_rows(streams, args.step, args.step + 1))
+    if not found:
+        raise UserError(f"--step: {args.step} is past the end of the data ({config.train.epochs} epochs).")
+    for step, rows in found:
         for row in range(min(args.rows, len(rows))):
             print(
                 f"step {step} row {row}: {rows.lengths[row]} tokens, {rows.segments[row]} segments, {rows.selected[row]} labels"
