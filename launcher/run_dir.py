@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_dist.errors import UserError
+from mlm_dist.files import write_atomically
 
 ENDED = frozenset({"preempted", "cancelled", "finished", "failed"})
 
@@ -90,12 +91,7 @@ class RunDir:
         Raises:
             OSError: the run directory is missing or cannot be written.
         """
-        part = self.path / f".stop_request-{os.getpid()}"
-        try:
-            part.write_text(json.dumps({"reason": reason, "requeue": requeue}))
-            part.replace(self.stop_request)
-        finally:
-            part.unlink(missing_ok=True)
+        write_atomically(self.stop_request, json.dumps({"reason": reason, "requeue": requeue}).encode())
 
 
 def find_run(name: str) -> RunDir:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mlm_dist.errors import UserError
+from mlm_dist.files import read_json, read_yaml
+from mlm_dist.model.pretrained import quiet
 from mlm_dist.tracking import read_metrics, redact
 
 if TYPE_CHECKING:
@@ -199,22 +201,6 @@ def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTok
         raise RuntimeError(f"{directory}: the tokenizer differs after loading it again")
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and loading reports of transformers."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
 def card(
     source: Source,
     step: int,
@@ -225,7 +211,7 @@ def card(
     """The model card (Markdown with the hub's YAML head): what the model is, from which data and recipe, and how far
     it came.
     """
-    name, config = source.run_dir.resolve().name, redact(_read_yaml(source.run_dir / "config.yaml"))
+    name, config = source.run_dir.resolve().name, redact(read_yaml(source.run_dir / "config.yaml"))
     head = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
@@ -305,21 +291,10 @@ def _training_facts(run_dir: Path, step: int, trainer: Mapping[str, Any], config
         facts["Validation loss"] = (
             ", ".join([f"{last['loss']:.4f} nats per masked token", *more]) + f" (step {last['step']:,})"
         )
-    try:
-        packages = json.loads((run_dir / "env.json").read_text()).get("packages") or {}
-    except (OSError, ValueError, AttributeError):
-        packages = {}
+    packages = (read_json(run_dir / "env.json") or {}).get("packages")
     if packages:
         facts["Software"] = ", ".join(f"{k} {v}" for k, v in packages.items())
     return facts
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _cell(text: str) -> str:

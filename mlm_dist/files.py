@@ -1,8 +1,11 @@
-"""Files that a crash leaves whole."""
+"""Files that a crash leaves whole, and readers that take what a crash or a hand left."""
 
+import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -28,3 +31,40 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's JSON object, or None when it is missing, torn or no object."""
+    try:
+        return parse_object(path.read_bytes())
+    except OSError:
+        return None
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file that holds one a line; a line that is none, torn by a crash perhaps, is passed over."""
+    # Cut at line feeds alone: a string may hold other characters that str.splitlines() takes for line ends.
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        record = parse_object(line)
+        if record is not None:
+            yield record
+
+
+def parse_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object that ``data`` is, or None."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file's YAML mapping; empty when it is missing, broken or no mapping."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_dist.errors import UserError
+from mlm_dist.model.pretrained import quiet
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM, PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def load(name: str) -> "tuple[BertForMaskedLM, PreTrainedTokenizerBase]":
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     try:
-        with export.quiet():
+        with quiet():
             model = AutoModelForMaskedLM.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

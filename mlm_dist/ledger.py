@@ -1,10 +1,11 @@
 """The ledger: the documents that a run goes on without. What it holds is part of what the training data is a function of."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from mlm_dist.files import read_json_lines
 
 
 class DataLoss(Exception):
@@ -26,18 +27,8 @@ class Ledger:
     @classmethod
     def read(cls, events: Path) -> "Ledger":
         """The ledger that a run's ``events.jsonl`` holds: every loss was written there before the step that went on without it."""
-        faults = []
-        # Bytes, cut at line feeds alone: a cause may hold other characters that str.splitlines() takes for line ends.
-        for line in events.read_bytes().split(b"\n") if events.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:  # a last line torn by a crash, perhaps within a character: its step was not taken
-                continue
-            if record.get("kind") == "data_loss":
-                faults.append(
-                    {k: record[k] for k in ("epoch", "block", "shard", "offset", "whole", "documents", "cause")}
-                )
-        return cls(faults)
+        keys = ("epoch", "block", "shard", "offset", "whole", "documents", "cause")
+        return cls({k: r[k] for k in keys} for r in read_json_lines(events) if r.get("kind") == "data_loss")
 
     def add(self, faults: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Add what is not yet in it; returns that. Two equal faults of one block in one report are two documents; a report met again on resume is none."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import write_atomically
+from mlm_dist.files import read_json, write_atomically
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 HEARTBEAT_S, STALE_AFTER_S = 5.0, 60.0
@@ -55,15 +55,6 @@ class RunConfig:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, whole."""
     write_atomically(path, json.dumps(content, indent=1).encode())
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's JSON object, or None when it is missing, torn or no object."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 class RunDir:

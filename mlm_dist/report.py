@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mlm_dist.errors import UserError
+from mlm_dist.files import read_json, read_json_lines, read_yaml
 from mlm_dist.report_figure import draw, series, short
 from mlm_dist.tracking import read_metrics, redact
 
@@ -53,7 +54,7 @@ def load(run_dir: Path) -> Run:
     records = read_metrics(run_dir / "metrics.jsonl")
     if not records:
         raise UserError(f"{run_dir / 'metrics.jsonl'}: no step logged yet")
-    status, events = _read_json(run_dir / "status.json"), _read_events(run_dir / "events.jsonl")
+    status, events = read_json(run_dir / "status.json") or {}, list(read_json_lines(run_dir / "events.jsonl"))
     first: dict[int, int] = {}
     for record in records:
         first.setdefault(record.get("attempt", 1), record["step"])
@@ -65,38 +66,10 @@ def load(run_dir: Path) -> Run:
         restarts=sorted(step for attempt, step in first.items() if attempt != min(first)),
         unigram_entropy=entropies[-1] if entropies else None,
         status=status,
-        config=redact(_read_yaml(run_dir / "config.yaml")),
-        environment=_read_json(run_dir / "env.json"),
+        config=redact(read_yaml(run_dir / "config.yaml")),
+        environment=read_json(run_dir / "env.json") or {},
         events=events,
     )
-
-
-def _read_json(path: Path) -> Record:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _read_events(path: Path) -> list[Record]:
-    events = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            events.append(value)
-    return events
 
 
 def headline(run: Run) -> str:

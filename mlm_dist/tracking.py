@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import write_atomically
+from mlm_dist.files import parse_object, write_atomically
 from mlm_dist.wandb_mirror import Mirror, Mode, resolve_mode
 
 log = logging.getLogger(__name__)
@@ -104,29 +104,21 @@ def _repair(path: Path) -> int:
         tail = data[end:]
         if not tail:
             return 0
-        if _parse(tail) is not None:
+        if parse_object(tail) is not None:
             file.write(b"\n")
             return 0
         file.truncate(end)
         return len(tail)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _metric_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """(line number from 1, the record or None where the line is no record) for each whole line."""
     data = path.read_bytes() if path.exists() else b""
     lines = data.split(b"\n")
-    if _parse(lines[-1]) is None:
+    if parse_object(lines[-1]) is None:
         lines.pop()  # empty after the last newline, or torn
     for number, line in enumerate(lines, 1):
-        record = _parse(line)
+        record = parse_object(line)
         valid = record is not None and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
         yield number, record if valid else None
 

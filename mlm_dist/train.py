@@ -98,16 +98,17 @@ class Run:
                 raise UserError(
                     f"run {str(path)!r}: none of its {len(damaged)} checkpoints is whole. Bring one back, or delete {path / 'checkpoints'} to begin anew."
                 )
+            reader = None if found is None else checkpoint.Reader(found)
             self.ledger = Ledger.read(path / "events.jsonl")
-            if found is not None:
-                self.ledger.add(checkpoint.Reader(found).trainer["ledger"])
+            if reader is not None:
+                self.ledger.add(reader.trainer["ledger"])
             if verdict := self.ledger.verdict(self.inputs.manifest.num_documents, config.data.max_bad_fraction):
                 raise UserError(
                     verdict + "\nMend the data, or raise data.max_bad_fraction to go on without these documents."
                 )
             if not finished:
                 self._describe(changed)
-                self.dir.status("running", 0 if found is None else checkpoint.Reader(found).step)
+                self.dir.status("running", 0 if reader is None else reader.step)
                 # After the status: a start that dies between them still sees what --allow_change changed.
                 self.dir.record_identity(identity, config.guarded())
         except BaseException:
@@ -329,7 +330,7 @@ class Run:
             self.tracker.event({"kind": "skipped_step", "step": self.step, "why": why})
             self.console.say(f"step {self.step} skipped: {why}")
 
-    def _log(self, result: Any, selected: int, lr: float, meter: "Meter") -> None:
+    def _log(self, result: Any, selected: int, lr: float, meter: Meter) -> None:
         mine = (0.0, 0) if result is None else (float(result.loss_sum), int(result.correct))
         parts = self.control.gather(mine)
         wait, step_time, rate = meter.read(self.step, self.tokens)

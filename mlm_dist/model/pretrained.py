@@ -107,7 +107,7 @@ def load(name: str, config: BertConfig) -> BertForMaskedLM:
 
     source = str(Path(name).expanduser()) if _is_path(name) else name
     try:
-        with _quiet():
+        with quiet():
             # Shapes that differ are refused below: transformers' own error does not name them.
             model, info = BertForMaskedLM.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
@@ -195,8 +195,8 @@ def _read_hub(name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing a bar and a table of its own while it loads; `load` logs what they say."""
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing bars and tables of its own while it loads or saves; `load` logs what they say."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

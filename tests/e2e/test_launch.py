@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlm_dist.data.manifest import Manifest
-from mlm_dist.lifecycle import read_json
+from mlm_dist.files import read_json
 from tests.e2e.program import Program, losses, save_config
 from tests.ranks import ROOT, free_port
 

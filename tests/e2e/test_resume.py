@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlm_dist import checkpoint
-from mlm_dist.lifecycle import read_json
+from mlm_dist.files import read_json
 from mlm_dist.tracking import read_metrics
 from tests.e2e.program import Program, losses, save_config
 

@@ -16,7 +16,8 @@ import pytest
 
 from mlm_dist import lifecycle
 from mlm_dist.errors import UserError
-from mlm_dist.lifecycle import RunConfig, RunDir, StopFlag, environment, read_json, stop_signals, write_json
+from mlm_dist.files import read_json
+from mlm_dist.lifecycle import RunConfig, RunDir, StopFlag, environment, stop_signals, write_json
 from tests.ranks import ROOT
 
 IDENTITY = {"run.seed": 0, "data.lanes": None, "mask.split": [0.8, 0.1, 0.1], "data.manifest": "aa"}
