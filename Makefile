@@ -14,7 +14,7 @@ SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./bui
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test lint check format clean
+.PHONY: help setup demo smoke test lint check format fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -58,6 +58,9 @@ lint: $(STAMP) ## formatting, lint, types, shell scripts
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
 check: lint test ## everything that must pass before a commit
+
+fuzz: $(STAMP) ## 100,000 damaged archives and manifests: only clean errors, in bounded memory
+	$(BIN)/python -m tests.fuzz --count 100000
 
 format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .

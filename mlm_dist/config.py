@@ -30,7 +30,7 @@ ENV_PREFIX = "MLM_"
 IDENTITY = (
     "run.seed",
     "data.seq_len data.packing data.long_documents data.text_field data.lanes",
-    "mask.strategy mask.rate mask.split mask.labels",
+    "mask.strategy mask.rate mask.rate_schedule mask.rate_end mask.rate_steps mask.split mask.span_p mask.span_max mask.labels",
     "model.init model.name_or_path model.config",
     "train.global_batch",
     "optim.name optim.betas optim.eps optim.weight_decay",
@@ -102,6 +102,7 @@ class Config:
             check = getattr(getattr(self, section.name), "check", None)
             if check:
                 check()
+        self.mask.check_packing(self.data.packing)
 
     def flat(self) -> dict[str, Any]:
         """``{"section.key": value}`` in plain types (tuples become lists)."""
@@ -113,11 +114,11 @@ class Config:
             {s: {k: _plain(v) for k, v in section.items()} for s, section in asdict(self).items()}, sort_keys=False
         )
 
-    def identity(self, manifest: str, tokenizer: str) -> dict[str, Any]:
-        """What a run directory is tied to: the identity keys, and the fingerprints of manifest and tokenizer."""
+    def identity(self, data: Any, tokenizer: str) -> dict[str, Any]:
+        """What a run directory is tied to: the identity keys, and the fingerprints of the data (``DataInputs.fingerprints``) and the tokenizer."""
         flat = self.flat()
         return {key: flat[key] for line in IDENTITY for key in line.split()} | {
-            "data.manifest": manifest,
+            "data.manifest": data,
             "data.tokenizer": tokenizer,
         }
 
@@ -244,7 +245,7 @@ def load(argv: Sequence[str], prog: str = "mlm-dist train") -> Invocation:
         if isinstance(error, SystemExit) and not error.code:
             raise
         raise UserError(_wrong_value(" ".join(str(error).split()))) from error
-    config = Config(**{s.name: sections[s.name](**_section(namespace[s.name])) for s in fields(Config)})
+    config = Config(**{s.name: _section(sections[s.name], namespace[s.name]) for s in fields(Config)})
     if config.run.name is None:
         config.run.name = Path(path).stem if path else "run"
     config.check()
@@ -272,6 +273,8 @@ def _in_words(hint: Any) -> str:
         return "one of " + ", ".join(map(str, parts))
     if origin is tuple:
         return f"a list of {len(parts)} numbers"
+    if origin is list and is_dataclass(parts[0]):
+        return f"a list of {{{', '.join(f.name for f in fields(parts[0]))}}}"
     words = {
         int: "a whole number",
         float: "a number",
@@ -281,12 +284,16 @@ def _in_words(hint: Any) -> str:
     return {**words, dict: "keys with their values", types.NoneType: "null"}[origin or hint]
 
 
-def _section(values: Any) -> dict[str, Any]:
-    return {
-        k: (dict(v.as_dict()) if hasattr(v, "as_dict") else v)
-        for k, v in vars(values).items()
-        if not k.startswith("__")
-    }
+def _section(cls: Any, values: Any) -> Any:
+    """A section from what jsonargparse made of it: namespaces within become dicts, or the dataclasses that a list is of."""
+    out = {}
+    for key, value in vars(values).items():
+        hint = typing.get_type_hints(cls).get(key)
+        items = [part for part in typing.get_args(hint) if typing.get_origin(part) is list]
+        if isinstance(value, list) and items and is_dataclass(item := typing.get_args(items[0])[0]):
+            value = [item(**vars(v)) for v in value]  # type: ignore[operator]
+        out[key] = dict(value.as_dict()) if hasattr(value, "as_dict") else value
+    return cls(**{k: v for k, v in out.items() if not k.startswith("__")})
 
 
 def _pop_option(argv: list[str], option: str) -> str | None:

@@ -55,7 +55,7 @@ def validate(
         distribution of all ordinary tokens in the set (a predictor that ignores the context cannot have a lower loss, whatever it was trained
         on); lost_documents: how many of the set could not be read, and so count in none of the others.
     """
-    tokenizer = stream.maker.tokenizer
+    tokenizer = stream.tokenizer
     loss, right, selected, lost = 0.0, 0, 0, 0
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for batch in stream.batches():

@@ -1,54 +1,212 @@
 """What the run config names, opened and checked against each other before anything expensive starts."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 from mlm_dist import ds_config
 from mlm_dist.config import Config
 from mlm_dist.data import tokenizer as tokenizers
+from mlm_dist.data.block import BlockMaker
+from mlm_dist.data.losses import Losses
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
-from mlm_dist.data.stream import Stream, open_stream
+from mlm_dist.data.stream import SourceConfig, Stream, open_stream
 from mlm_dist.errors import UserError
 from mlm_dist.model import bert
+from mlm_dist.sizes import parse_size
+from mlm_dist.storage.cache import Cache
+from mlm_dist.storage.store import Store
+
+# Text on which a fast tokenizer must agree with the reference: about half a second of the reference's time.
+AGREE_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One manifest of the config and where its shards come from.
+
+    Attributes:
+        key: the config key that names it.
+    """
+
+    key: str
+    config: SourceConfig
+    manifest: Manifest
+    store: Store
 
 
 class DataInputs:
     """Manifests and tokenizer of a config, and the streams that they give.
 
+    Args:
+        is_first: whether this is rank 0, which alone looks whether remote shards are there.
+
+    Attributes:
+        notes: what the user should hear of at the start.
+
     Raises:
         UserError: something is missing, damaged or does not fit.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.manifest = Manifest.read(config.data.manifest)
-        self.manifest.check_files()
-        self.val_manifest = Manifest.read(config.data.val_manifest) if config.data.val_manifest else None
-        if self.val_manifest is not None:
-            self.val_manifest.check_files()
-        for key, manifest in (("manifest", self.manifest), ("val_manifest", self.val_manifest)):
-            if manifest is not None and manifest.text_field not in (None, config.data.text_field):
-                raise UserError(
-                    f"data.text_field: {config.data.text_field!r}, but data.{key} {getattr(config.data, key)!r} was indexed with --field "
-                    f"{manifest.text_field}; set data.text_field: {manifest.text_field}."
-                )
+    def __init__(self, config: Config, is_first: bool = True):
+        self.config, self._is_first = config, is_first
+        self.notes: list[str] = []
+        data = config.data
+        self._cache = Cache(data.cache_dir, parse_size(data.cache_size)) if data.cache_dir else None
+        self.corpora = [
+            self._open(f"data.sources[{i}].manifest" if data.sources else "data.manifest", source)
+            for i, source in enumerate(data.corpora())
+        ]
+        self.val_corpus = (
+            self._open("data.val_manifest", SourceConfig(data.val_manifest)) if data.val_manifest else None
+        )
         # A batch must hold a row of every lane, or the run would end at the first batch whose lanes have ended.
-        most = min(config.train.global_batch, self.manifest.num_blocks)
-        if config.data.lanes is not None and config.data.lanes > most:
+        blocks = sum(corpus.manifest.num_blocks for corpus in self.corpora)
+        most = min(config.train.global_batch, blocks)
+        if data.lanes is not None and data.lanes > most:
             raise UserError(
-                f"data.lanes: {config.data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and "
-                f"data.manifest has {self.manifest.num_blocks} blocks."
+                f"data.lanes: {data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and "
+                f"{'data.sources has' if data.sources else 'data.manifest has'} {blocks} blocks."
             )
-        self.pretrained_tokenizer = tokenizers.load_pretrained(config.data.tokenizer)
-        self.tokenizer = tokenizers.from_pretrained(self.pretrained_tokenizer)
+        self.pretrained_tokenizer = tokenizers.load_pretrained(data.tokenizer)
+        reference = tokenizers.from_pretrained(self.pretrained_tokenizer)
+        for corpus in [*self.corpora, *([self.val_corpus] if self.val_corpus else [])]:
+            made_with = corpus.manifest.tokenizer
+            if made_with not in (None, reference.fingerprint):
+                raise UserError(
+                    f"data.tokenizer: {data.tokenizer!r} (fingerprint {reference.fingerprint[:12]}) is not the one that {corpus.key} "
+                    f"{corpus.config.manifest!r} was tokenized with ({made_with[:12]}); give that one."
+                )
+        config.mask.check_tokenizer(reference)
+        self.tokenizer = self.reference = reference
+        texts = [] if data.tokenizer_backend == "hf" else self._first_texts()
+        self.tokenizer, why_not = tokenizers.choose_backend(reference, data.tokenizer_backend, texts)
+        if why_not:
+            self.use_reference(why_not)
+
+    def _open(self, key: str, source: SourceConfig) -> Corpus:
+        data = self.config.data
+        manifest = Manifest.read(source.manifest)
+        store = Store(
+            manifest.root,
+            retries=data.read_retries,
+            timeout=data.read_timeout,
+            cache=self._cache,
+            allow_pipe=data.allow_pipe,
+        )
+        field = source.text_field or data.text_field
+        if manifest.text_field not in (None, field):
+            where = "data.text_field" if source.text_field is None else key.replace(".manifest", ".text_field")
+            raise UserError(
+                f"{where}: {field!r}, but {key} {source.manifest!r} was indexed with --field {manifest.text_field}; "
+                f"set it to {manifest.text_field}."
+            )
+        corpus = Corpus(key, replace(source, text_field=field), manifest, store)
+        # One rank asks an object store for its shards; thousands that do would be an attack.
+        if self._is_first or not store.remote:
+            self._check(corpus)
+        return corpus
+
+    def use_reference(self, why: str) -> None:
+        """Tokenize with transformers from here on."""
+        self.tokenizer = self.reference
+        self.notes.append(f"{why}; tokenizing with transformers, which is many times slower")
+
+    def known_losses(self) -> list[dict[str, Any]]:
+        """What of each corpus was unreadable when its manifest was made and is in no batch; corpora without any are left out."""
+        return [
+            {"manifest": corpus.config.manifest, **corpus.manifest.losses.to_json()}
+            for corpus in self.corpora
+            if corpus.manifest.losses != Losses()
+        ]
+
+    def _check(self, corpus: Corpus) -> None:
+        """Hold what is missing of a corpus, now or since its manifest was made, against data.max_bad_fraction."""
+        manifest, allowed = corpus.manifest, self.config.data.max_bad_fraction
+        for problem in manifest.check_files(allowed, corpus.store):
+            self.notes.append(
+                f"shard {problem.shard} of {corpus.key}: {problem.cause}; its {problem.documents} documents will be left out"
+            )
+        losses = manifest.losses
+        if losses.documents > allowed * (manifest.num_documents + losses.documents):
+            raise UserError(
+                f"{corpus.key}: {corpus.config.manifest!r} counts {manifest.num_documents} documents and could not read {losses.documents} more, "
+                f"a larger share than data.max_bad_fraction {allowed}:\n" + "\n".join(losses.describe())
+            )
+        if losses != Losses():
+            self.notes.append(f"{corpus.key}: " + "\n".join(losses.describe(3)))
+
+    def _first_texts(self) -> list[str]:
+        """The texts that the run begins with, the first block of lane after lane, to AGREE_CHARACTERS."""
+        order, makers = (stream := self.stream(0, 1)).order, stream.makers
+        texts: list[str] = []
+        for lane in range(order.lanes):
+            if len(blocks := order.blocks(0, lane)):
+                place = order.place(0, int(blocks[0]))
+                texts += makers[place.source].texts(place.block)
+            if sum(map(len, texts)) > AGREE_CHARACTERS:
+                break
+        return texts
+
+    def _makers(self, corpora: Sequence[Corpus], mask: MaskConfig, seed: int, shuffle: bool) -> list[BlockMaker]:
+        data = self.config.data
+        return [
+            BlockMaker(
+                manifest=corpus.manifest,
+                store=corpus.store,
+                tokenizer=self.tokenizer,
+                seq_len=data.seq_len,
+                packing=data.packing,
+                long_documents=data.long_documents,
+                mask=mask
+                if corpus.config.mask_rate is None
+                else replace(
+                    mask, rate=corpus.config.mask_rate, rate_schedule="constant", rate_end=None, rate_steps=None
+                ),
+                seed=seed,
+                shuffle=shuffle,
+                text_field=corpus.config.text_field or data.text_field,
+                source=i,
+            )
+            for i, corpus in enumerate(corpora)
+        ]
+
+    def fingerprints(self) -> Any:
+        """What the training data is, for the run's identity: the manifest's fingerprint, or for several corpora those with their weights and rates."""
+        if self.config.data.sources is None:
+            return self.corpora[0].manifest.fingerprint
+        return [
+            {
+                "fingerprint": corpus.manifest.fingerprint,
+                "weight": corpus.config.weight,
+                "text_field": corpus.config.text_field,
+                "mask_rate": corpus.config.mask_rate,
+            }
+            for corpus in self.corpora
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of an epoch: those of all corpora."""
+        return sum(corpus.manifest.num_bytes for corpus in self.corpora)
+
+    @property
+    def num_documents(self) -> list[int]:
+        """Documents of each corpus."""
+        return [corpus.manifest.num_documents for corpus in self.corpora]
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all corpora."""
+        return sum(len(corpus.manifest.shards) for corpus in self.corpora)
 
     def stream(self, rank: int, world_size: int) -> Stream:
         """This rank's training stream."""
         config = self.config
         return open_stream(
             config.data,
-            config.mask,
-            self.manifest,
-            self.tokenizer,
-            seed=config.run.seed,
+            self._makers(self.corpora, config.mask, config.run.seed, shuffle=True),
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
             rank=rank,
@@ -59,14 +217,11 @@ class DataInputs:
     def val_stream(self, rank: int, world_size: int) -> Stream | None:
         """This rank's part of the validation set, or None without one. Masks are BERT's, whatever the training's."""
         config = self.config
-        if self.val_manifest is None:
+        if self.val_corpus is None:
             return None
         return open_stream(
             config.data,
-            MaskConfig(),
-            self.val_manifest,
-            self.tokenizer,
-            seed=config.eval.seed,
+            self._makers([self.val_corpus], MaskConfig(), config.eval.seed, shuffle=False),
             global_batch=config.eval.batch,
             micro_batch=config.train.micro_batch,
             rank=rank,
@@ -83,12 +238,12 @@ class Inputs(DataInputs):
         UserError: something is missing, damaged or does not fit.
     """
 
-    def __init__(self, config: Config, world_size: int):
+    def __init__(self, config: Config, world_size: int, is_first: bool):
         if config.train.global_batch < world_size:
             raise UserError(
                 f"train.global_batch: {config.train.global_batch} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
             )
-        super().__init__(config)
+        super().__init__(config, is_first)
         self.ds_config = ds_config.merge(
             ds_config.load_template(config.deepspeed.config),
             precision=config.train.precision,

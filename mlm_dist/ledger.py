@@ -1,7 +1,7 @@
 """The ledger: the documents that a run goes on without. What it holds is part of what the training data is a function of."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ class DataLoss(Exception):
 
 
 def _key(fault: dict[str, Any]) -> tuple[Any, ...]:
-    return fault["epoch"], fault["block"], fault["whole"], fault["cause"]
+    return fault["source"], fault["epoch"], fault["block"], fault["whole"], fault["cause"]
 
 
 class Ledger:
@@ -27,7 +27,7 @@ class Ledger:
     @classmethod
     def read(cls, events: Path) -> "Ledger":
         """The ledger that a run's ``events.jsonl`` holds: every loss was written there before the step that went on without it."""
-        keys = ("epoch", "block", "shard", "offset", "whole", "documents", "cause")
+        keys = ("source", "epoch", "block", "shard", "offset", "whole", "documents", "cause")
         return cls({k: r[k] for k in keys} for r in read_json_lines(events) if r.get("kind") == "data_loss")
 
     def add(self, faults: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -44,27 +44,32 @@ class Ledger:
         self.faults += new
         return new
 
-    def lost_blocks(self) -> frozenset[tuple[int, int]]:
-        """(epoch, block) of blocks lost whole: a resumed run does not read them, whatever they hold now."""
-        return frozenset((f["epoch"], f["block"]) for f in self.faults if f["whole"])
+    def lost_blocks(self) -> frozenset[tuple[int, int, int]]:
+        """(source, epoch, block) of blocks lost whole: a resumed run does not read them, whatever they hold now."""
+        return frozenset((f["source"], f["epoch"], f["block"]) for f in self.faults if f["whole"])
 
-    def verdict(self, documents: int, max_bad_fraction: float) -> str:
-        """What is wrong when an epoch has lost more than ``max_bad_fraction`` of its ``documents``; empty when all is well."""
-        lost: Counter[int] = Counter()
+    def verdict(self, documents: Sequence[int], max_bad_fraction: float) -> str:
+        """What is wrong when an epoch of a corpus has lost more than ``max_bad_fraction`` of its documents; empty when all is well.
+
+        Args:
+            documents: of each corpus.
+        """
+        lost: Counter[tuple[int, int]] = Counter()
         for fault in self.faults:
-            lost[fault["epoch"]] += fault["documents"]
-        for epoch, count in lost.items():
-            if count > max_bad_fraction * documents:
+            lost[fault["source"], fault["epoch"]] += fault["documents"]
+        for (source, epoch), count in lost.items():
+            if count > max_bad_fraction * documents[source]:
                 listing = [
                     f"  {f['shard']} at byte {f['offset']}: {f['documents']} document(s), {f['cause']}"
                     for f in self.faults
-                    if f["epoch"] == epoch
+                    if (f["source"], f["epoch"]) == (source, epoch)
                 ]
                 shown = listing[:50] + (
                     [f"  and {len(listing) - 50} more in events.jsonl"] if len(listing) > 50 else []
                 )
+                corpus = f" of data.sources[{source}]" if len(documents) > 1 else ""
                 return (
-                    f"{count} of {documents} documents of epoch {epoch} are lost, more than data.max_bad_fraction {max_bad_fraction} allows:\n"
-                    + "\n".join(shown)
+                    f"{count} of {documents[source]} documents of epoch {epoch}{corpus} are lost, "
+                    f"more than data.max_bad_fraction {max_bad_fraction} allows:\n" + "\n".join(shown)
                 )
         return ""

@@ -23,6 +23,7 @@ from mlm_dist.data.rng import keyed_seed
 from mlm_dist.data.stream import Batch
 from mlm_dist.engine import Engine
 from mlm_dist.errors import UserError
+from mlm_dist.feed import Feeder
 from mlm_dist.inputs import Inputs
 from mlm_dist.ledger import DataLoss, Ledger
 from mlm_dist.lifecycle import (
@@ -88,7 +89,7 @@ class Run:
         self.dir.prepare()
         self.dir.acquire(self.flag)
         try:
-            identity = config.identity(self.inputs.manifest.fingerprint, self.inputs.tokenizer.fingerprint)
+            identity = config.identity(self.inputs.fingerprints(), self.inputs.tokenizer.fingerprint)
             identity = json.loads(json.dumps(identity))
             changed = self.dir.check_identity(identity, config.guarded(), self.allow_change)
             status = self.dir.last_status or {}
@@ -102,7 +103,7 @@ class Run:
             self.ledger = Ledger.read(path / "events.jsonl")
             if reader is not None:
                 self.ledger.add(reader.trainer["ledger"])
-            if verdict := self.ledger.verdict(self.inputs.manifest.num_documents, config.data.max_bad_fraction):
+            if verdict := self.ledger.verdict(self.inputs.num_documents, config.data.max_bad_fraction):
                 raise UserError(
                     verdict + "\nMend the data, or raise data.max_bad_fraction to go on without these documents."
                 )
@@ -139,12 +140,16 @@ class Run:
         self.attempt_facts = {
             "world_size": self.topology.world_size,
             "stage": inputs.ds_config["zero_optimization"]["stage"],
+            "known_losses": inputs.known_losses(),
             "changed": changed,
         }
 
     def build(self, path: Path | None) -> None:
         """Model, engine and stream, as new or as the checkpoint ``path`` left them."""
         config, inputs = self.config, self.inputs
+        # Tokenizers that agree give the same ids, but a rank alone with another one is a difference that nobody needs.
+        if 0 < self.control.sum([int(inputs.tokenizer.nano is not None)])[0] < self.topology.world_size:
+            inputs.use_reference("nanotoken is not installed on every node")
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
         section = config.model
@@ -194,12 +199,14 @@ class Run:
             + (f"goes on after step {self.step}" if self.step else "from the start")
             + f"; {world} rank{'s' * (world > 1)} on {device}, ZeRO stage {self.engine.stage}, {config.train.precision}, W&B {self.tracker.mode}"
         )
-        manifest = self.inputs.manifest
+        inputs = self.inputs
         self.console.say(
-            f"model of {self.num_parameters / 1e6:.1f} M parameters; {manifest.num_documents:,} documents, {manifest.num_bytes / 1e6:.1f} MB in "
-            f"{len(manifest.shards)} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
+            f"model of {self.num_parameters / 1e6:.1f} M parameters; {sum(inputs.num_documents):,} documents, {inputs.num_bytes / 1e6:.1f} MB in "
+            f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
             f"{stream.micro_batches(self.step)} x {config.train.micro_batch} on each rank"
         )
+        for note in inputs.notes:
+            self.console.say(f"note: {note}")
         even = [
             w for w in range(1, 2 * world + 1) if stream.order.lanes % w == 0 and config.train.global_batch % w == 0
         ]
@@ -224,22 +231,30 @@ class Run:
         if self.config.train.steps is not None:
             return min(1.0, self.step / self.config.train.steps)
         assert self.config.train.epochs is not None
-        return min(1.0, self.bytes / (self.config.train.epochs * self.inputs.manifest.num_bytes))
+        return min(1.0, self.bytes / (self.config.train.epochs * self.inputs.num_bytes))
 
     def train(self) -> str:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
         config = self.config
         meter = Meter(self.step, self.tokens)
         self.console.begin(self.progress())
-        not_finite = 0
-        outcome = "finished"
-        unlogged: tuple[Any, int, float] | None = None
         if config.train.steps is not None and self.step >= config.train.steps:
-            return self._end(outcome)
+            return self._end("finished")
         batches = self.stream.batches(self.step, self.cursors, self.lost)
+        with Feeder(batches, self.stream.collate, self.topology.device) as feeder:
+            outcome, unlogged = self._steps(feeder, meter)
+        if unlogged is not None:
+            self._log(*unlogged, meter)
+        return self._end(outcome)
+
+    def _steps(self, feeder: Feeder, meter: Meter) -> tuple[str, tuple[Any, int, float] | None]:
+        """Steps until the end or a stop: (how it ended, what of the last step is not logged yet)."""
+        config = self.config
+        not_finite = 0
+        unlogged: tuple[Any, int, float] | None = None
         while True:
             meter.wait_begins()
-            batch = next(batches)
+            batch, micro_batches = next(feeder)
             mine = [
                 batch.selected,
                 batch.tokens,
@@ -250,7 +265,6 @@ class Run:
                 len(batch.faults),
             ]
             pending = self.control.start(mine)
-            micro_batches = self.stream.collate(batch)
             selected, tokens, batch_bytes, live, stop, requeue, faults = pending.wait()
             meter.wait_ends()
             if faults:
@@ -258,7 +272,7 @@ class Run:
             if not live:
                 if config.train.steps is not None:
                     raise DataLoss(f"no text is left at step {self.step} of train.steps {config.train.steps}")
-                break
+                return "finished", unlogged
             result = None
             lr = config.optim.lr * lr_factor(
                 self.step, self.progress(), warmup=config.optim.warmup, schedule=config.optim.schedule
@@ -289,15 +303,10 @@ class Run:
             if self.step % config.checkpoint.every == 0:
                 self.save()
             if config.train.steps is not None and self.step >= config.train.steps:
-                break
+                return "finished", unlogged
             if stop:
                 self.flag.ask("another rank was asked to stop", bool(requeue))
-                outcome = "stopped"
-                break
-        batches.close()
-        if unlogged is not None:
-            self._log(*unlogged, meter)
-        return self._end(outcome)
+                return "stopped", unlogged
 
     def _end(self, outcome: str) -> str:
         if outcome == "finished" and self.validated_step != self.step:
@@ -319,7 +328,7 @@ class Run:
                 self.console.say(
                     f"lost {fault['documents']} document(s) of {fault['shard']} at byte {fault['offset']}: {fault['cause']}"
                 )
-            verdict = self.ledger.verdict(self.inputs.manifest.num_documents, self.config.data.max_bad_fraction)
+            verdict = self.ledger.verdict(self.inputs.num_documents, self.config.data.max_bad_fraction)
         verdict = self.control.broadcast(verdict)
         if verdict:
             raise DataLoss(verdict)
@@ -337,7 +346,7 @@ class Run:
         if parts is None or self.tracker is None:
             return
         loss = math.fsum(p[0] for p in parts) / selected if selected else math.nan
-        epoch = self.bytes / self.inputs.manifest.num_bytes
+        epoch = self.bytes / self.inputs.num_bytes
         progress = self.progress()
         record: dict[str, Any] = {
             "kind": "train",
@@ -469,7 +478,8 @@ class Run:
 def run(invocation: Invocation) -> int:
     """Train as this process's rank; returns the exit code. Raises UserError before anything was changed."""
     config = invocation.config
-    inputs = Inputs(config, distributed.Topology.from_env().world_size)
+    place = distributed.Topology.from_env()
+    inputs = Inputs(config, place.world_size, is_first=place.rank == 0)
     topology = distributed.init(config.train.timeout)
     control = distributed.ControlGroup(config.train.timeout)
     attempt = Run(invocation, inputs, topology, control)

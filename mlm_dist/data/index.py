@@ -1,106 +1,26 @@
 """`mlm-dist index`: a manifest for archives that something else made."""
 
 import argparse
-import glob
-import hashlib
-import os
 import re
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from mlm_dist import __version__
-from mlm_dist.data.manifest import Manifest, Shard
-from mlm_dist.data.members import LostDocument, MemberError, is_text_member, read_documents
-from mlm_dist.data.tar import TarError, iter_members, map_archive
+from mlm_dist.data.archive import PIPE, open_shard
+from mlm_dist.data.locate import find_archives
+from mlm_dist.data.losses import Losses
+from mlm_dist.data.manifest import Manifest
+from mlm_dist.data.members import TokenIds
+from mlm_dist.data.scan import MAX_BLOCK, ScannedShard, ScanOptions, scan_archive
 from mlm_dist.data.workers import WorkerPool, default_workers
 from mlm_dist.errors import UserError
+from mlm_dist.storage.store import Store, StoreError
 
 MIN_BLOCK = 4 << 10
-MAX_BLOCK = 1 << 20
 # A run has at most 64 lanes or so before it has hundreds of ranks, and a lane wants 16 blocks to choose an order from.
 WANTED_BLOCKS = 16 * 64
 MAX_CAUSES = 20
-_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class IndexedShard:
-    """What `index_tar` found.
-
-    Attributes:
-        shard: The shard with its blocks.
-        lost: Documents that cannot be read (bad JSON, field or UTF-8).
-        causes: Of the first 20 of them, each with its member's name.
-    """
-
-    shard: Shard
-    lost: int
-    causes: list[str]
-
-
-def index_tar(path: Path, name: str, field: str, block_size: int) -> IndexedShard:
-    """Read a whole archive: every member's place, every document, the checksums.
-
-    A block ends before the member that would make it longer than `block_size`; a longer member is a block alone.
-    Members that hold no text are in no block, or in one because text members lie around them.
-
-    Args:
-        path: The archive.
-        name: Its path in the manifest.
-        field: Field of JSON members that is the text.
-        block_size: Bytes.
-
-    Raises:
-        UserError: The archive cannot be read whole; names it, the offset and the cause.
-    """
-    spans: list[list[int]] = []  # start, end, documents
-    lost = 0
-    causes: list[str] = []
-    try:
-        view = map_archive(path)
-        for member in iter_members(view, whole=True):
-            if not is_text_member(member.name):
-                continue
-            documents = 0
-            try:
-                for document in read_documents(member.name, member.data, field):
-                    if isinstance(document, LostDocument):
-                        lost += 1
-                        if len(causes) < MAX_CAUSES:
-                            causes.append(f"{name}: {member.name!r}: {document.cause}")
-                    else:
-                        documents += 1
-            except MemberError as error:
-                raise TarError(member.start, f"member {member.name!r}: {error}") from error
-            if spans and member.end - spans[-1][0] <= block_size:
-                spans[-1][1] = member.end
-                spans[-1][2] += documents
-            else:
-                spans.append([member.start, member.end, documents])
-    except TarError as error:
-        raise UserError(f"shard {path} is damaged {error}") from error
-    except OSError as error:
-        raise UserError(f"shard {path} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256()
-    for start in range(0, len(view), _CHUNK):
-        digest.update(view[start : start + _CHUNK])
-    columns = np.array(spans, dtype=np.int64).reshape(-1, 3)
-    crc32 = np.array([zlib.crc32(view[start:end]) for start, end, _ in spans], dtype=np.uint32)
-    shard = Shard(
-        path=name,
-        size=len(view),
-        sha256=digest.hexdigest(),
-        offsets=columns[:, 0].copy(),
-        lengths=columns[:, 1] - columns[:, 0],
-        documents=columns[:, 2].copy(),
-        crc32=crc32,
-    )
-    return IndexedShard(shard, lost, causes)
 
 
 def auto_block_size(total: int) -> int:
@@ -119,94 +39,94 @@ def parse_size(text: str) -> int:
 
 
 def index(
-    inputs: Sequence[str], output: Path, *, field: str = "text", block_size: int | None = None, workers: int = 1
-) -> tuple[Manifest, list[IndexedShard]]:
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    field: str = "text",
+    block_size: int | None = None,
+    workers: int = 1,
+    ids: TokenIds | None = None,
+    ignore_npy: bool = False,
+    skip_damaged: bool = False,
+    allow_pipe: bool = False,
+) -> Manifest:
     """Index archives and write their manifest.
 
     Args:
-        inputs: Archives, directories (searched for `*.tar` at any depth) and globs.
-        output: Manifest file; the archives must lie in or below its directory.
+        inputs: What names them, see `find_archives`.
+        output: Manifest file; local archives must lie in or below its directory.
         field: Field of JSON members that is the text.
         block_size: Bytes of a block, at most if its members allow; None chooses by the corpus' size.
         workers: Processes.
-
-    Returns:
-        The manifest and what was found in each shard, shards in the order of their paths.
+        ids: What the numbers of `.npy` members mean: needed if there are any.
+        ignore_npy: Pass over `.npy` members.
+        skip_damaged: Leave out what cannot be read of an archive, which the manifest then names.
+        allow_pipe: Let inputs be `pipe:COMMAND`.
 
     Raises:
         UserError: No archives, a damaged one, one outside the directory, none with a readable document.
     """
-    root = output.parent.resolve()
-    paths = find_tars(inputs)
-    names = [_name_below(path, root) for path in paths]
-    order = sorted(range(len(paths)), key=lambda i: names[i])
-    sizes = [paths[i].stat().st_size for i in order]
+    archives = find_archives(inputs, output, allow_pipe=allow_pipe)
+    store = Store(archives.root, allow_pipe=allow_pipe)
+    sizes = _sizes(store, archives.names)
     block_size = block_size or auto_block_size(sum(sizes))
-    tasks = [(paths[i], names[i]) for i in order]
+    options = ScanOptions(field, block_size, ids, ignore_npy, skip_damaged)
     with WorkerPool(workers) as pool:
-        found = pool.map(partial(_index_task, field=field, block_size=block_size), tasks, sizes, "Indexing")
-    lost = sum(shard.lost for shard in found)
-    causes = [cause for shard in found for cause in shard.causes][:MAX_CAUSES]
+        found = pool.map(partial(_scan, store=store, options=options), archives.names, sizes, "Indexing")
+    losses = Losses.of(
+        [loss for shard in found for loss in shard.losses], [part for shard in found for part in shard.damaged]
+    )
     if not any(shard.shard.documents.any() for shard in found):
         raise UserError(
-            f"no document in {len(paths)} archives: members must be .txt, .json or .jsonl (also .gz, .zst) and JSON "
-            f"must have the field {field!r} (--field)" + "".join(f"\n  {cause}" for cause in causes[:3])
+            f"no document in {len(found)} archives: members must be .txt, .json, .jsonl or .npy (also .gz, .zst) and JSON "
+            f"must have the field {field!r} (--field)" + "".join(f"\n{line}" for line in losses.describe(3))
         )
     info = {
         "tool": "mlm-dist index",
         "version": __version__,
         "options": {"field": field, "block_size": block_size},
-        "lost_documents": lost,
-        "lost": causes,
     }
-    manifest = Manifest(root, [shard.shard for shard in found], info)
-    manifest.write(output)
-    return manifest, found
-
-
-def _index_task(task: tuple[Path, str], field: str, block_size: int) -> IndexedShard:
-    return index_tar(*task, field, block_size)
-
-
-def find_tars(inputs: Sequence[str]) -> list[Path]:
-    """The archives that paths, directories and globs name, each once.
-
-    Raises:
-        UserError: An input that names nothing, or a compressed archive.
-    """
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            matches = sorted(path.rglob("*.tar"))
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-        if not matches:
-            raise UserError(f"{text!r} names no archive: give .tar files, directories that hold some, or globs")
-        for match in matches:
-            if match.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
-                raise UserError(f"{match} is compressed as a whole, so no block of it can be read alone: decompress it")
-            if match.is_file():
-                found[Path(os.path.abspath(match))] = None
-    return list(found)
-
-
-def _name_below(path: Path, root: Path) -> str:
-    # Not resolved: a link in the manifest's directory to an archive elsewhere is a fine way to lay out a corpus.
-    for below in (path, path.parent.resolve() / path.name):
-        if below.is_relative_to(root):
-            return below.relative_to(root).as_posix()
-    raise UserError(
-        f"the archive {path} lies outside {root}, the manifest's directory: choose an --output in a directory above "
-        "all archives, or link them into it"
+    pretokenized = any(shard.pretokenized for shard in found)
+    manifest = Manifest(
+        archives.root,
+        [shard.shard for shard in found],
+        info,
+        token_ids=ids if pretokenized else None,
+        losses=losses,
     )
+    manifest.write(output)
+    return manifest
+
+
+def _sizes(store: Store, names: Sequence[str]) -> list[int]:
+    """Bytes of each archive; 0 for a command's output, which nobody knows yet."""
+    known = [name for name in names if not name.startswith(PIPE)]
+    sizes = dict(zip(known, store.sizes(known), strict=True))
+    bad = [f"\n  {name}: {size}" for name, size in sizes.items() if isinstance(size, str)]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(names)} archives cannot be read:" + "".join(bad[:MAX_CAUSES]))
+    return [int(sizes.get(name, 0)) for name in names]
+
+
+def _scan(name: str, store: Store, options: ScanOptions) -> ScannedShard:
+    where = name if name.startswith(PIPE) else f"{store.root}/{name}"
+    try:
+        with open_shard(store, name) as view:
+            return scan_archive(view, name, options, single=not store.has_ranges(name))
+    except StoreError as error:
+        raise UserError(f"shard {where}: {error}") from error
+    except UserError as error:
+        raise UserError(f"shard {where} {error}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="archives, directories that hold some, globs")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="archives (.tar, .tar.gz, .tgz, .tar.zst), directories that hold some, globs, URLs (http, s3, gs)",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="manifest to write, in or above the archives' directory"
     )
@@ -214,6 +134,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-size", type=parse_size, help="bytes of a block (default: by corpus size, 4KiB to 1MiB)"
     )
+    npy = parser.add_mutually_exclusive_group()
+    npy.add_argument("--tokenizer", metavar="DIR", help="the tokenizer that made the token ids in .npy members")
+    npy.add_argument("--ignore-npy", action="store_true", help=".npy members are no token ids: pass over them")
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="leave out what cannot be read of a damaged archive, and say so"
+    )
+    parser.add_argument("--allow-pipe", action="store_true", help="run inputs of the form pipe:COMMAND")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: cores)")
 
 
@@ -224,14 +151,27 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output} is a directory; name the file to write, as {output / 'manifest.json'}")
     if output.exists():
         Manifest.read(output)  # only a manifest is replaced
+    ids = None
+    if args.tokenizer:
+        from mlm_dist.data.tokenizer import load
+
+        ids = TokenIds.of(load(args.tokenizer))
     output.parent.mkdir(parents=True, exist_ok=True)
-    manifest, found = index(args.inputs, output, field=args.field, block_size=args.block_size, workers=args.workers)
-    lost = sum(shard.lost for shard in found)
+    manifest = index(
+        args.inputs,
+        output,
+        field=args.field,
+        block_size=args.block_size,
+        workers=args.workers,
+        ids=ids,
+        ignore_npy=args.ignore_npy,
+        skip_damaged=args.skip_damaged,
+        allow_pipe=args.allow_pipe,
+    )
     print(
-        f"{output}: {len(found)} shards, {manifest.num_blocks} blocks, {manifest.num_documents} documents, "
+        f"{output}: {len(manifest.shards)} shards, {manifest.num_blocks} blocks, {manifest.num_documents} documents, "
         f"{manifest.num_bytes} bytes, fingerprint {manifest.fingerprint[:12]}"
     )
-    if lost:
-        causes = "".join(f"\n  {cause}" for cause in manifest.info["lost"])
-        print(f"{lost} documents cannot be read and will be left out, first of all:{causes}")
+    for line in manifest.losses.describe():
+        print(line)
     return 0

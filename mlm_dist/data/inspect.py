@@ -1,12 +1,14 @@
-"""``mlm-dist data hash`` and ``mlm-dist data show``: check the claim, look at the rows."""
+"""``mlm-dist data hash``, ``show`` and ``verify``: check the claim, look at the rows, check the shards."""
 
 import argparse
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 
+from mlm_dist.data import verify
 from mlm_dist.data.rows import Rows
 from mlm_dist.data.stream import Stream
 from mlm_dist.data.tokenizer import TextTokenizer
@@ -80,7 +82,7 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``mlm-dist data``; what they do not know goes to the run config (``--data.seq_len 64``)."""
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="hash|show")
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="hash|show|verify")
     hash_parser = commands.add_parser("hash", help="digest of the token ids and of the labels of every global step")
     hash_parser.add_argument("--world-size", type=int, default=1, help="ranks to read as (default 1)")
     hash_parser.add_argument("--workers", type=int, default=0, help="loader workers of each rank (default 0)")
@@ -88,14 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = commands.add_parser("show", help="some rows decoded: masks marked, segments one a line")
     show.add_argument("--step", type=int, default=0, help="global step (default 0)")
     show.add_argument("--rows", type=int, default=4, help="how many rows of it (default 4)")
+    verify.add_arguments(commands.add_parser("verify", help="read every shard of a manifest and say what is wrong"))
     for sub in (hash_parser, show):
         sub.add_argument("--config", required=True, help="run config; any of its keys can follow as a flag")
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Run ``mlm-dist data``; ``overrides`` are the run-config flags."""
-    import sys
-
+    if args.data_command == "verify":
+        if overrides:
+            raise UserError(f"mlm-dist data verify: unknown argument {overrides[0]!r}.")
+        return verify.run(args)
     from mlm_dist.config import load as load_config
     from mlm_dist.inputs import DataInputs
 
@@ -106,6 +111,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             f"--world-size: {world_size} must be at least 1 and --workers: {config.data.workers} at least 0."
         )
     inputs = DataInputs(config)
+    for note in inputs.notes:
+        print(f"note: {note}", file=sys.stderr)
     tokenizer = inputs.tokenizer
     streams = [inputs.stream(rank, world_size) for rank in range(world_size)]
     if args.data_command == "hash":

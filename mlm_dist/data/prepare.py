@@ -5,27 +5,44 @@ in a hidden directory and renamed when all are whole; the manifests come last.
 """
 
 import argparse
-import fcntl
-import os
-import re
-import shutil
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mlm_dist import __version__
+from mlm_dist.data.dedup import choose_bands
 from mlm_dist.data.index import parse_size
+from mlm_dist.data.job import Job, Share, open_job
 from mlm_dist.data.manifest import Manifest
-from mlm_dist.data.shuffle import PrepareOptions, Side, shuffle
-from mlm_dist.data.sources import BUILTINS, SPLITS, Source, digest, find_sources
+from mlm_dist.data.prepare_options import PrepareOptions, Side
+from mlm_dist.data.prepared import MANIFESTS, find_finished, make_manifests, publish, recipe_of
+from mlm_dist.data.reading import Corpus, find_units, read_share
+from mlm_dist.data.shuffle import finish
+from mlm_dist.data.sources import BUILTINS, INPUTS_HELP, SPLITS, Source, add_dataset_arguments, find_sources, sources_of
+from mlm_dist.data.tokenizer import TextTokenizer, load
 from mlm_dist.data.workers import WorkerPool, default_workers
 from mlm_dist.errors import UserError
 
-MANIFESTS: dict[Side, str] = {"train": "manifest.json", "val": "val.json"}
-
 _TEMPORARY = ".prepare-tmp"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a process of `prepare` has to tell.
+
+    Attributes:
+        manifests: Of each side; empty if the data are not finished.
+        written: False when a run with the same inputs and options had finished before.
+        unread: The parts that have not read their shares.
+    """
+
+    manifests: dict[Side, Manifest] = field(default_factory=dict)
+    written: bool = True
+    unread: Sequence[int] = ()
 
 
 def prepare(
@@ -37,10 +54,10 @@ def prepare(
     workers: int = 1,
     overwrite: bool = False,
 ) -> tuple[dict[Side, Manifest], bool]:
-    """Write shards and manifests to a directory; what an interrupted run left there is thrown away.
+    """Write shards and manifests to a directory; what an interrupted run has done there is taken up.
 
     Args:
-        inputs: Text files, directories, globs.
+        inputs: Text files, parquet files, saved datasets, directories, globs.
         output: The directory.
         options: What to make of them.
         builtins: Texts that come with Python, names from `sources.BUILTINS`.
@@ -54,136 +71,104 @@ def prepare(
         UserError: Wrong inputs or options, no document on a side of the split, a directory that holds other data or
             that another process is working on.
     """
-    sources = find_sources(inputs, builtins, options.split_by)
+    sources = find_sources(inputs, builtins, options.split_by, field=options.field)
+    outcome = prepare_part(sources, output, options, workers=workers, overwrite=overwrite)
+    return outcome.manifests, outcome.written
+
+
+def prepare_part(
+    sources: Sequence[Source],
+    output: Path,
+    options: PrepareOptions,
+    *,
+    share: Share = Share(),  # noqa: B008
+    wait: float = 0.0,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> Outcome:
+    """Do one process' part of `prepare`: read its share, and write shards when all parts have read theirs.
+
+    The output is the same bytes for any number of parts.
+
+    Args:
+        sources: The same in all parts.
+        output: Directory, the same in all parts, on a file system that they share.
+        options: The same in all parts.
+        share: Which part this is.
+        wait: Seconds to wait for other parts' reading.
+        workers: Processes of this part.
+        overwrite: Whether to replace what another run made there. With more parts than one, the finished data of this
+            very run, and what other parts have done of it, stay.
+
+    Raises:
+        UserError: As `prepare`.
+    """
+    corpus = Corpus(sources, options, _load_tokenizer(options), choose_bands(options))
+    recipe = recipe_of(corpus)
+    before: dict[Side, Manifest] = {}
+
+    def needless(interrupted: bool) -> bool:
+        if not overwrite or share.count > 1:
+            try:
+                before.update(find_finished(output, recipe, sources, interrupted) or {})
+            except UserError:
+                if not overwrite:
+                    raise
+        return bool(before)
+
+    root = output / _TEMPORARY
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
-            recipe = _recipe(sources, options)
-            if not overwrite and (done := _finished(output, recipe, sources)):
-                shutil.rmtree(output / _TEMPORARY, ignore_errors=True)
-                return done, False
-            return _make(sources, output, options, recipe, workers), True
+        if (output / MANIFESTS["train"]).exists() and not root.exists() and needless(False):
+            return Outcome(before, written=False)  # and nothing is touched: the directory may be read-only
+        with open_job(root, _describe(recipe, sources), share, overwrite=overwrite, needless=needless) as job:
+            if job is None:
+                return Outcome(before, written=False)
+            try:
+                return _do(job, corpus, output, recipe, wait, workers)
+            except FileNotFoundError:
+                # Another part may have finished meanwhile, and removed what this one was at.
+                if job.exists() or not (done := find_finished(output, recipe, sources, True)):
+                    raise
+                job.sweep()
+                return Outcome(done)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error}") from error
 
 
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    directory = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output {output}: another `mlm-dist prepare` is at work there") from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(directory)
-
-
-def _recipe(sources: Sequence[Source], options: PrepareOptions) -> dict[str, Any]:
-    return {
-        "options": dict(vars(options)),
-        "sources": {
-            "files": sum(source.kind != "builtin" for source in sources),
-            "builtin": [source.label for source in sources if source.kind == "builtin"],
-            "bytes": sum(source.size for source in sources),
-            "digest": digest(sources),
-        },
-    }
-
-
-def _finished(output: Path, recipe: dict[str, Any], sources: Sequence[Source]) -> dict[Side, Manifest] | None:
-    """The manifests of a finished run of the same recipe, or None when nothing is there.
-
-    Raises:
-        UserError: Something else is there.
-    """
-    again = "give another directory, or --overwrite to replace it"
-    main = output / MANIFESTS["train"]
-    if not main.exists():
-        strangers = [path.name for path in output.iterdir() if _is_ours(path.name)]
-        if strangers and not (output / _TEMPORARY).exists():  # else they are ours: a run was cut while it renamed them
-            raise UserError(f"--output {output} holds {min(strangers)} without a manifest; {again}")
+def _load_tokenizer(options: PrepareOptions) -> TextTokenizer | None:
+    if options.tokenizer is None:
         return None
     try:
-        manifests = {side: Manifest.read(output / name) for side, name in _manifests_of(recipe)}
-        for manifest in manifests.values():
-            manifest.check_files()
+        return load(options.tokenizer)
     except UserError as error:
-        raise UserError(f"--output {output} holds something that is not whole ({error}); {again}") from error
-    for key, wanted in recipe.items():
-        found = manifests["train"].info.get(key)
-        if found != wanted:
-            raise UserError(f"--output {output} was made with other {key}: {_difference(found, wanted)}; {again}")
-    made = main.stat().st_mtime_ns
-    for source in sources:
-        if source.kind != "builtin" and os.stat(source.name).st_mtime_ns > made:
-            raise UserError(f"--output {output} is older than the input {source.name}; {again}")
-    return manifests
+        raise UserError(str(error).replace("data.tokenizer", "--tokenizer")) from error
 
 
-def _manifests_of(recipe: dict[str, Any]) -> list[tuple[Side, str]]:
-    sides: list[Side] = ["train", "val"] if recipe["options"]["val_fraction"] else ["train"]
-    return [(side, MANIFESTS[side]) for side in sides]
+def _describe(recipe: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
+    """What makes a job this one. Inputs that were written to in between are other inputs, whatever their sizes."""
+    times = [source.modified for source in sources]
+    latest = datetime.fromtimestamp(max(times) / 1e9, UTC).isoformat(timespec="seconds")
+    written = f"{latest} ({hashlib.sha256(json.dumps(times).encode()).hexdigest()[:8]})"
+    return {**recipe, "version": __version__, "inputs last written": written}
 
 
-def _difference(found: Any, wanted: dict[str, Any]) -> str:
-    if not isinstance(found, dict):
-        return "none recorded"
-    return ", ".join(
-        f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]
-    )
-
-
-def _is_ours(name: str) -> bool:
-    return re.fullmatch(r"(train|val)-\d{5,}\.tar", name) is not None
-
-
-def _make(
-    sources: Sequence[Source], output: Path, options: PrepareOptions, recipe: dict[str, Any], workers: int
-) -> dict[Side, Manifest]:
-    # Processes of a run that was killed may live for a moment and write to where they know: a directory of an own name.
-    shutil.rmtree(output / _TEMPORARY, ignore_errors=True)
-    directory = output / _TEMPORARY / uuid.uuid4().hex
-    directory.mkdir(parents=True)
+def _do(job: Job, corpus: Corpus, output: Path, recipe: dict[str, Any], wait: float, workers: int) -> Outcome:
     try:
         with WorkerPool(workers) as pool:
-            made = shuffle(sources, directory, options, pool)
-    except BaseException:
-        shutil.rmtree(output / _TEMPORARY, ignore_errors=True)
+            units = find_units(corpus, job)
+            read_share(units, job, pool)
+            job.mark_read()
+            if unread := job.wait_for_readers(wait):
+                return Outcome(unread=unread)
+            made = finish(corpus, units, job, pool)
+    except UserError:
+        if job.share.count == 1:
+            job.abandon()
         raise
-    manifests: dict[Side, Manifest] = {}
-    for side, shards in made.shards.items():
-        info = {
-            "tool": "mlm-dist prepare",
-            "version": __version__,
-            "side": side,
-            **recipe,
-            "block_size": made.block_size[side],
-            "documents": made.documents,
-            "lost_documents": made.lost,
-            "lost": made.causes,
-        }
-        manifests[side] = Manifest(output, shards, info)
-    _publish(manifests, output, directory)
-    return manifests
-
-
-def _publish(manifests: dict[Side, Manifest], output: Path, directory: Path) -> None:
-    """Put the shards and then the manifests in place. A manifest is never there beside shards of another run."""
-    for name in MANIFESTS.values():
-        (output / name).unlink(missing_ok=True)
-    for path in list(output.iterdir()):
-        if _is_ours(path.name):
-            path.unlink()
-    for manifest in manifests.values():
-        for shard in manifest.shards:
-            os.replace(directory / shard.path, output / shard.path)
-    for side in reversed(manifests):  # the main one last: it says that the run has finished
-        manifests[side].write(output / MANIFESTS[side])
-    shutil.rmtree(output / _TEMPORARY)
+    manifests = make_manifests(made, corpus, output, recipe)
+    with job.closing():
+        publish(manifests, output, job.directory)
+    return Outcome(manifests)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="text files (.txt .md .rst .jsonl, also .gz .zst), directories, globs",
+        help=INPUTS_HELP,
     )
     add("--output", type=Path, required=True, help="directory for shards, manifest.json and val.json")
     add("--builtin", action="append", default=[], choices=BUILTINS, help="text that every Python carries; no download")
@@ -204,7 +189,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.split_by,
         help="what one document is (default: a file; .jsonl always has one document a line)",
     )
-    add("--field", default=default.field, help="field of .jsonl records that is the text (default: %(default)s)")
+    add(
+        "--field",
+        default=default.field,
+        help="field of .jsonl records, or column of tables, that is the text (default: %(default)s)",
+    )
     add("--documents-per-member", type=int, default=default.documents_per_member, help="at most (default: %(default)s)")
     add(
         "--shard-size",
@@ -222,30 +211,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=default.seed, help="of the shuffle (default: %(default)s)")
     add("--compress", choices=("none", "zst"), default=default.compress, help="members (default: %(default)s)")
+    add("--tokenizer", metavar="DIR", help="write token ids (.npy) of this tokenizer instead of text")
+    _add_dedup(parser, default)
+    add_dataset_arguments(parser)
     add("--workers", type=int, default=default_workers(), help="processes; changes nothing else (default: cores)")
+    add(
+        "--part",
+        metavar="I/N",
+        help="do one of N parts, each a process on any machine that shares the directory; the output is the same",
+    )
+    add(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="with --part: wait so long for other parts to read (default: leave; the last one writes all shards)",
+    )
     add("--overwrite", action="store_true", help="replace what this command made in the directory before")
+
+
+def _add_dedup(parser: argparse.ArgumentParser, default: PrepareOptions) -> None:
+    add = parser.add_argument
+    add(
+        "--dedup",
+        choices=("none", "exact", "near"),
+        default=default.dedup,
+        help="leave out duplicates: equal texts, or also near ones by MinHash (extra `dedup`) (default: %(default)s)",
+    )
+    add(
+        "--dedup-threshold",
+        type=float,
+        default=default.dedup_threshold,
+        metavar="J",
+        help="near: Jaccard similarity of word n-grams from which documents are likely taken for one (default: %(default)s)",
+    )
+    add("--dedup-ngram", type=int, default=default.dedup_ngram, help="near: words of an n-gram (default: %(default)s)")
+    add(
+        "--dedup-permutations",
+        type=int,
+        default=default.dedup_permutations,
+        help="near: length of a MinHash signature (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; give its exit code."""
     options = PrepareOptions(**{name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__})
-    manifests, written = prepare(
-        args.inputs,
+    share = Share.parse(args.part) if args.part else Share()
+    if not 0 <= args.wait < 1e6:
+        raise UserError(f"--wait is {args.wait}; it must be a number of minutes, 0 or more")
+    sources = find_sources(**sources_of(args), split_by=options.split_by, field=options.field)
+    outcome = prepare_part(
+        sources,
         args.output,
         options,
-        builtins=args.builtin,
+        share=share,
+        wait=args.wait * 60,
         workers=args.workers,
         overwrite=args.overwrite,
     )
-    if not written:
-        print(f"{args.output} is already prepared with these inputs and options; nothing to do")
-    for side, manifest in manifests.items():
+    _report(outcome, args.output, share)
+    return 0
+
+
+def _report(outcome: Outcome, output: Path, share: Share) -> None:
+    if outcome.unread:
+        parts = ", ".join(str(Share(i, share.count)) for i in outcome.unread)
         print(
-            f"{args.output / MANIFESTS[side]}: {manifest.num_documents} documents, {len(manifest.shards)} shards, "
+            f"part {share} has read its share; the shards are written when all parts have. Still to read: {parts}. "
+            "Start those with the same command (--part I/N); the last one to read writes all shards. "
+            "With --wait MINUTES a part that has read stays and helps."
+        )
+        return
+    if not outcome.written:
+        print(f"{output} is already prepared with these inputs and options; nothing to do")
+    for side, manifest in outcome.manifests.items():
+        print(
+            f"{output / MANIFESTS[side]}: {manifest.num_documents} documents, {len(manifest.shards)} shards, "
             f"{manifest.num_blocks} blocks, {manifest.num_bytes} bytes, fingerprint {manifest.fingerprint[:12]}"
         )
-    info = manifests["train"].info
+    info = outcome.manifests["train"].info
+    if removed := info.get("duplicates_removed"):
+        print(f"{removed['documents']} duplicates of {removed['clusters']} documents were left out")
     if info["lost_documents"]:
         causes = "".join(f"\n  {cause}" for cause in info["lost"])
         print(f"{info['lost_documents']} documents could not be read and were left out, first of all:{causes}")
-    return 0

@@ -95,26 +95,53 @@ class Rows:
             selected=np.zeros(n, np.int32),
         )
 
+    def padded(self, width: int, pad_id: int) -> "Rows":
+        """The rows, of one segment each, filled up with [PAD] to ``width`` tokens and labelled in every place, with the token that was there before masking.
+
+        The pads belong to the row's segment: they have its next positions, and ``collate`` marks them.
+        """
+        assert (self.segments == 1).all() and self.lengths.max(initial=0) <= width
+        place = ranges(np.arange(len(self), dtype=np.int64) * width, self.lengths)
+        ids = np.full(len(self) * width, pad_id, self.ids.dtype)
+        labels = ids.copy()
+        ids[place], labels[place] = self.ids, self.original_ids()
+        lengths = np.full(len(self), width, np.int32)
+        return Rows(
+            ids=ids,
+            lengths=lengths,
+            segment_lengths=lengths,
+            segments=self.segments,
+            positions=np.tile(np.arange(width, dtype=np.int32), len(self)),
+            labels=labels,
+            selected=lengths,
+        )
+
     def collate(self, pad_id: int, multiple: int = 8) -> dict[str, torch.Tensor]:
         """One micro-batch, padded to the longest row rounded up to ``multiple``.
 
         Returns:
-            input_ids, position_ids, segment_ids: int64 [R, S] (segment 0 is padding, 1.. the row's segments; positions restart in each segment);
+            input_ids, position_ids, segment_ids: int64 [R, S] (segment 0 is padding, 1.. the row's segments, -1.. the [PAD] tokens that a row itself holds in
+            them; positions restart in each segment);
             selected: int64 [M] indices into the flattened [R * S]; labels: int64 [M].
         """
         rows, width = len(self), -(-int(self.lengths.max()) // multiple) * multiple
-        row_of_token = np.repeat(np.arange(rows, dtype=np.int64), self.lengths)
-        flat = row_of_token * width + ranges(np.zeros(rows, np.int64), self.lengths)
-        input_ids = np.full(rows * width, pad_id, np.int64)
-        position_ids, segment_ids = np.zeros(rows * width, np.int64), np.zeros(rows * width, np.int64)
-        input_ids[flat] = self.ids
-        position_ids[flat] = ranges(np.zeros(len(self.segment_lengths), np.int64), self.segment_lengths)
-        segment_ids[flat] = np.repeat(ranges(np.ones(rows, np.int64), self.segments), self.segment_lengths)
-        selected = self.positions + width * np.repeat(np.arange(rows, dtype=np.int64), self.selected)
+        inside = np.arange(width) < self.lengths[:, None]
+        position = np.arange(len(self.ids)) - np.repeat(_starts(self.segment_lengths), self.segment_lengths)
+        segment = np.repeat(ranges(np.ones(rows, np.int64), self.segments), self.segment_lengths)
+        pads = self.ids == pad_id
+        if pads.any():
+            segment[pads] *= -1
+
+        def filled(values: np.ndarray, rest: int) -> torch.Tensor:
+            out = np.full((rows, width), rest, np.int64) if rest else np.zeros((rows, width), np.int64)
+            out[inside] = values
+            return torch.from_numpy(out)
+
+        selected = self.positions + np.repeat(np.arange(rows, dtype=np.int64) * width, self.selected)
         return {
-            "input_ids": torch.from_numpy(input_ids.reshape(rows, width)),
-            "position_ids": torch.from_numpy(position_ids.reshape(rows, width)),
-            "segment_ids": torch.from_numpy(segment_ids.reshape(rows, width)),
-            "selected": torch.from_numpy(selected.astype(np.int64)),
+            "input_ids": filled(self.ids, pad_id),
+            "position_ids": filled(position, 0),
+            "segment_ids": filled(segment, 0),
+            "selected": torch.from_numpy(selected),
             "labels": torch.from_numpy(self.labels.astype(np.int64)),
         }

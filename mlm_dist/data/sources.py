@@ -1,5 +1,6 @@
-"""Text as people have it (files, directories, globs, text that comes with Python) and its documents."""
+"""Where text is (files, directories, globs, datasets, text that comes with Python) and how it is cut into parts."""
 
+import argparse
 import glob
 import hashlib
 import json
@@ -7,10 +8,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mlm_dist.data import builtin
-from mlm_dist.data.members import Codec, LostDocument, MemberError, decode, decompress, parse_record, split_name
+from mlm_dist.data.members import Codec, split_name
+from mlm_dist.data.tables import (
+    check_column,
+    is_saved_dataset,
+    load_named,
+    load_saved,
+    row_groups,
+    text_bytes,
+)
 from mlm_dist.errors import UserError
 
 SplitBy = Literal["auto", "file", "line", "paragraph", "record"]
@@ -19,110 +28,147 @@ BUILTINS = builtin.NAMES
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _RECORD_SUFFIXES = (".jsonl",)
-_KNOWN = ", ".join((*_TEXT_SUFFIXES, *_RECORD_SUFFIXES)) + ", each also .gz or .zst"
-_BUILTIN = "builtin:"
-_BOM = b"\xef\xbb\xbf"
-_CHUNK = 1 << 20
+_TABLE_SUFFIX = ".parquet"
+_KNOWN = ", ".join((*_TEXT_SUFFIXES, *_RECORD_SUFFIXES)) + f", each also .gz or .zst; {_TABLE_SUFFIX}"
+INPUTS_HELP = "text files (.txt .md .rst .jsonl, also .gz .zst), .parquet, saved datasets, directories, globs"
+BUILTIN_PREFIX = "builtin:"
+_DATASET = "dataset:"
 _PART_BYTES = 64 << 20
 _TEXT_PER_COMPRESSED_BYTE = 4
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one text that comes with Python.
+    """One file, one dataset, or one text that comes with Python.
 
     Attributes:
-        name: Path, or `builtin:NAME`.
-        size: Bytes as they lie; of decompressed text, an estimate is `text_size`.
+        name: Path, `builtin:NAME` or `dataset:NAME`.
+        label: What a manifest may tell of the name without telling of the machine.
+        size: Bytes as they lie.
+        text_size: Bytes of text in it, about.
         kind: How it splits into documents.
         codec: How it is compressed.
+        modified: When it was written last, in ns, where that tells of its content; else 0.
+        groups: Of a parquet file: bytes of text in each row group, about.
+        dataset: A `datasets.Dataset`, memory-mapped; it pickles as the paths of its files.
     """
 
     name: str
+    label: str
     size: int
-    kind: Literal["builtin", "file", "line", "paragraph", "record"]
-    codec: Codec
-
-    @property
-    def text_size(self) -> int:
-        """Bytes of text in it, about."""
-        return self.size * _TEXT_PER_COMPRESSED_BYTE if self.codec else self.size
-
-    @property
-    def label(self) -> str:
-        """The last part of the name: what a manifest may tell of the machine that made it."""
-        return self.name.rsplit("/", 1)[-1]
+    text_size: int
+    kind: Literal["builtin", "file", "line", "paragraph", "record", "parquet", "dataset"]
+    codec: Codec = ""
+    modified: int = 0
+    groups: tuple[int, ...] = ()
+    dataset: Any = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one task reads: the documents of a source that begin in bytes [start, end).
+    """What one task reads of a source.
 
     Attributes:
         number: The source's place in the list of sources.
         source: The source.
-        start, end: Bytes; all of it for sources that cannot be entered in the middle.
+        start, end: The documents that begin in bytes [start, end); of parquet files row groups, of datasets rows. All
+            of it for sources that cannot be entered in the middle.
+        size: Bytes to read, about.
     """
 
     number: int
     source: Source
     start: int
     end: int
-
-    @property
-    def size(self) -> int:
-        """Bytes to read."""
-        return self.end - self.start
+    size: int
 
 
-def find_sources(inputs: Sequence[str], builtins: Sequence[str] = (), split_by: SplitBy = "auto") -> list[Source]:
-    """The sources that paths, directories (at any depth, hidden files left out) and globs name: each once, sorted.
+def find_sources(
+    inputs: Sequence[str],
+    builtins: Sequence[str] = (),
+    split_by: SplitBy = "auto",
+    *,
+    field: str = "text",
+    dataset: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+) -> list[Source]:
+    """The sources that are named, each once: files and saved datasets sorted by path, then builtin texts, then `dataset`.
 
     Args:
-        inputs: Paths, directories, globs.
+        inputs: Paths, directories (searched at any depth, hidden files left out) and globs. A directory that
+            `datasets` saved is one source.
         builtins: Names from `BUILTINS`.
-        split_by: How text files split into documents; `auto` takes one document a file. Records always split by line.
+        split_by: How text files split into documents; `auto` takes one document a file. Records always split by line,
+            tables by row.
+        field: Column of tables that is the text.
+        dataset: Name or directory for `datasets.load_dataset`.
+        config: Its configuration.
+        split: Which split of datasets.
 
     Raises:
-        UserError: Nothing named, an input that names nothing readable, a suffix that is not known.
+        UserError: Nothing named, an input that names nothing readable, a suffix that is not known, a table without
+            the column, a package that is not installed.
     """
     found: dict[Path, None] = {}
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            matches = _files_below(path)
-            if not matches:
-                raise UserError(f"the directory {text!r} holds no text file ({_KNOWN})")
-        else:
-            matches = [path] if path.exists() else [Path(match) for match in glob.glob(text, recursive=True)]
-            matches = [match for match in matches if match.is_file()]
-            if not matches:
-                raise UserError(f"the input {text!r} names no file: give text files, directories or globs ({_KNOWN})")
-        for match in matches:
+        for match in _matches(text):
             found[match.resolve()] = None
-    sources = [_file_source(path, split_by) for path in sorted(found)]
+    sources = [_path_source(path, split_by, field, split) for path in sorted(found)]
     sources += [_builtin_source(name) for name in sorted(set(builtins))]
+    if dataset is not None:
+        sources.append(_named_source(dataset, config, split, field))
     if not sources:
-        raise UserError(f"no inputs: give text files, directories or globs ({_KNOWN}), or --builtin {BUILTINS[0]}")
+        raise UserError(
+            f"no inputs: give text files, directories or globs ({_KNOWN}), --dataset NAME or --builtin {BUILTINS[0]}"
+        )
     return sources
 
 
-def _files_below(directory: Path) -> list[Path]:
-    files = []
+def _matches(text: str) -> list[Path]:
+    path = Path(text)
+    if path.is_dir():
+        matches = _below(path)
+        if not matches:
+            raise UserError(f"the directory {text!r} holds no text file ({_KNOWN})")
+        return matches
+    matches = [path] if path.exists() else [Path(match) for match in glob.glob(text, recursive=True)]
+    matches = [match for match in matches if match.is_file() or is_saved_dataset(match)]
+    if not matches:
+        raise UserError(f"the input {text!r} names no file: give text files, directories or globs ({_KNOWN})")
+    return matches
+
+
+def _below(directory: Path) -> list[Path]:
+    found = []
     for at, directories, names in os.walk(directory):
+        if is_saved_dataset(Path(at)):
+            found.append(Path(at))
+            directories.clear()
+            continue
         directories[:] = [name for name in directories if not name.startswith(".")]
-        files += [Path(at, name) for name in names if not name.startswith(".") and _is_text(name)]
-    return [path for path in files if path.is_file()]
+        files = [Path(at, name) for name in names if not name.startswith(".") and _is_known(name)]
+        found += [path for path in files if path.is_file()]
+    return found
 
 
-def _is_text(name: str) -> bool:
-    return split_name(name)[0] in (*_TEXT_SUFFIXES, *_RECORD_SUFFIXES)
+def _is_known(name: str) -> bool:
+    suffix, codec = split_name(name)
+    return suffix in (*_TEXT_SUFFIXES, *_RECORD_SUFFIXES) or (suffix == _TABLE_SUFFIX and not codec)
 
 
-def _file_source(path: Path, split_by: SplitBy) -> Source:
+def _path_source(path: Path, split_by: SplitBy, field: str, split: str) -> Source:
+    if path.is_dir():
+        return _saved_source(path, split, field)
     suffix, codec = split_name(path.name)
-    if not _is_text(path.name):
+    if not _is_known(path.name):
         raise UserError(f"the input {str(path)!r} has the suffix {path.suffix!r}; known are {_KNOWN}")
+    found = path.stat()
+    if suffix == _TABLE_SUFFIX:
+        groups = row_groups(path, field)
+        return Source(
+            str(path), path.name, found.st_size, sum(groups), "parquet", modified=found.st_mtime_ns, groups=groups
+        )
     if suffix in _RECORD_SUFFIXES:
         kind: SplitBy = "record"
     elif split_by == "record":
@@ -130,13 +176,35 @@ def _file_source(path: Path, split_by: SplitBy) -> Source:
     else:
         kind = "file" if split_by == "auto" else split_by
     assert kind != "auto"
-    return Source(str(path), path.stat().st_size, kind, codec)
+    text_size = found.st_size * (_TEXT_PER_COMPRESSED_BYTE if codec else 1)
+    return Source(str(path), path.name, found.st_size, text_size, kind, codec, found.st_mtime_ns)
+
+
+def _saved_source(path: Path, split: str, field: str) -> Source:
+    dataset, directory = load_saved(path, split)
+    label = directory.relative_to(path.parent).as_posix()
+    modified = (directory / "state.json").stat().st_mtime_ns
+    return _dataset_source(dataset, str(directory), label, field, modified)
+
+
+def _named_source(name: str, config: str | None, split: str, field: str) -> Source:
+    dataset = load_named(name, config, split)
+    local = Path(name).name if Path(name).exists() else name
+    label = ":".join([_DATASET + local, *([config] if config else []), split])
+    return _dataset_source(dataset, _DATASET + name, label, field, 0)
+
+
+def _dataset_source(dataset: Any, name: str, label: str, field: str, modified: int) -> Source:
+    check_column(name, dataset.column_names, field)
+    size = text_bytes(dataset, field)
+    return Source(name, label, size, size, "dataset", modified=modified, dataset=dataset)
 
 
 def _builtin_source(name: str) -> Source:
     if name not in BUILTINS:
         raise UserError(f"--builtin {name!r} is not known; there is {', '.join(BUILTINS)}")
-    return Source(_BUILTIN + name, sum(map(len, builtin.texts(name))), "builtin", "")
+    size = sum(map(len, builtin.texts(name)))
+    return Source(BUILTIN_PREFIX + name, BUILTIN_PREFIX + name, size, size, "builtin")
 
 
 def digest(sources: Sequence[Source]) -> str:
@@ -145,104 +213,53 @@ def digest(sources: Sequence[Source]) -> str:
 
 
 def find_parts(sources: Sequence[Source]) -> list[Part]:
-    """Cut sources into parts of 64 MiB where they can be entered in the middle: plain files of lines or paragraphs."""
+    """Cut sources into parts of about 64 MiB of text where they can be entered in the middle: plain files of lines or
+    paragraphs, row groups of parquet files, rows of datasets."""
     parts = []
     for number, source in enumerate(sources):
-        step = max(source.size, 1) if source.codec or source.kind in ("builtin", "file") else _PART_BYTES
-        for start in range(0, max(source.size, 1), step):
-            parts.append(Part(number, source, start, min(start + step, source.size)))
+        parts += [Part(number, source, start, end, size) for start, end, size in _spans(source)]
     return parts
 
 
-def read_part(part: Part, field: str) -> Iterator[tuple[int, str | LostDocument]]:
-    """Yield the part's documents, white space around them removed, with their places in the source.
-
-    Documents that are empty are left out. A place is the document's first byte (of decompressed text) or its number.
-
-    Args:
-        part: What to read.
-        field: Field of JSON records that is the text.
-
-    Raises:
-        UserError: The file cannot be read or decompressed.
-    """
-    try:
-        for place, document in _raw_documents(part, field):
-            if isinstance(document, str):
-                document = document.strip()
-                if not document:
-                    continue
-            yield place, document
-    except (OSError, MemberError) as error:
-        raise UserError(f"the input {part.source.name} cannot be read: {error}") from error
+def _spans(source: Source) -> Iterator[tuple[int, int, int]]:
+    """(start, end, bytes) of each part."""
+    if source.kind == "parquet":
+        start = size = 0
+        for i, group in enumerate(source.groups, 1):
+            size += group
+            if size >= _PART_BYTES or i == len(source.groups):
+                yield start, i, size
+                start, size = i, 0
+        return
+    length = len(source.dataset) if source.kind == "dataset" else source.size
+    step = max(length, 1)
+    if source.kind == "dataset":
+        step = max(length * _PART_BYTES // max(source.size, 1), 1)
+    elif not source.codec and source.kind not in ("builtin", "file"):
+        step = _PART_BYTES
+    for start in range(0, max(length, 1), step):
+        end = min(start + step, length)
+        yield start, end, source.size * (end - start) // max(length, 1)
 
 
-def _raw_documents(part: Part, field: str) -> Iterator[tuple[int, str | LostDocument]]:
-    source = part.source
-    if source.kind == "builtin":
-        yield from enumerate(builtin.texts(source.name.removeprefix(_BUILTIN)))
-    elif source.kind == "file":
-        yield 0, decode(b"".join(decompress(_chunks(source, 0), source.codec)).removeprefix(_BOM))
-    else:
-        lines = _lines(part)
-        if source.kind == "paragraph":
-            yield from _paragraphs(lines, part)
-            return
-        for place, line in lines:
-            if place >= part.end and not source.codec:
-                return
-            if line.isspace():
-                continue
-            yield place, parse_record(line, field) if source.kind == "record" else decode(line)
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that name a dataset."""
+    add = parser.add_argument
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="a dataset of the Hugging Face hub or cache, or a directory of its files (extra `hf`)",
+    )
+    add("--dataset-config", metavar="CONFIG", help="its configuration")
+    add("--split", default="train", help="split of datasets to read, also of saved ones (default: %(default)s)")
 
 
-def _paragraphs(lines: Iterator[tuple[int, bytes]], part: Part) -> Iterator[tuple[int, str | LostDocument]]:
-    """Runs of lines that are not blank. A run belongs to the part in which the blank line before it begins."""
-    owned = part.start == 0
-    first = 0
-    run: list[bytes] = []
-    for place, line in lines:
-        if not line.isspace():
-            if owned:
-                first = first if run else place
-                run.append(line)
-            elif place >= part.end:
-                return
-            continue
-        if run:
-            yield first, decode(b"".join(run))
-            run = []
-        if place >= part.end and not part.source.codec:
-            return
-        owned = True
-    if run:
-        yield first, decode(b"".join(run))
-
-
-def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin at or behind the part's start, on to the end of the file, with their first bytes' places."""
-    # That a line begins at `start` is known by the newline before it, so reading begins one byte earlier and what
-    # comes first, the end of a line that belongs to the part before, is dropped.
-    place = max(part.start - 1, 0)
-    begun: list[bytes] = []
-    drop = part.start > 0
-    for chunk in decompress(_chunks(part.source, place), part.source.codec):
-        *ends, last = chunk.split(b"\n")
-        for end in ends:
-            line = b"".join([*begun, end, b"\n"])
-            begun = []
-            if not drop:
-                yield place, line.removeprefix(_BOM) if place == 0 else line
-            drop = False
-            place += len(line)
-        begun.append(last)
-    line = b"".join(begun)
-    if line and not drop:
-        yield place, line.removeprefix(_BOM) if place == 0 else line
-
-
-def _chunks(source: Source, start: int) -> Iterator[bytes]:
-    with open(source.name, "rb") as file:
-        file.seek(start)
-        while chunk := file.read(_CHUNK):
-            yield chunk
+def sources_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments `inputs`, `--builtin` and those of datasets give `find_sources`."""
+    return {
+        "inputs": args.inputs,
+        "builtins": args.builtin,
+        "dataset": args.dataset,
+        "config": args.dataset_config,
+        "split": args.split,
+    }

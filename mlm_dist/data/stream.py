@@ -4,6 +4,7 @@ Row g of the run comes from lane g mod lanes; batch k is rows [k * B, (k + 1) * 
 its loader worker j owns every n-th of them.
 """
 
+import math
 import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
@@ -12,20 +13,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from mlm_dist.data.block import BlockError, BlockMaker, DataFault
-from mlm_dist.data.manifest import Manifest
-from mlm_dist.data.masking import MaskConfig
+from mlm_dist.data.block import BlockMaker, DataFault
+from mlm_dist.data.lanes import Chunk, LaneDataset, Lost, Plan
 from mlm_dist.data.order import Order, default_lanes
 from mlm_dist.data.packing import LongDocuments, Packing
 from mlm_dist.data.rows import Rows
-from mlm_dist.data.tokenizer import TextTokenizer
+from mlm_dist.data.tokenizer import Backend, TextTokenizer
 from mlm_dist.errors import UserError
+from mlm_dist.sizes import parse_size
 
-# Rows that one message from a worker holds, about: enough to make the hand-over cheap, few enough for an early first batch.
-MESSAGE_ROWS = 64
 PREFETCH = 2
+
+
+@dataclass
+class SourceConfig:
+    """One corpus of several.
+
+    Attributes:
+        manifest: path or URL of its manifest.
+        weight: share of the bytes of an epoch that come from it, to the sum of all weights; null for all of them: each corpus whole, once an epoch.
+        text_field: field of its JSON members that holds the text; null: data.text_field.
+        mask_rate: masking rate of its rows, constant; null: mask.rate and its schedule.
+    """
+
+    manifest: str
+    weight: float | None = None
+    text_field: str | None = None
+    mask_rate: float | None = None
 
 
 @dataclass
@@ -33,9 +49,11 @@ class DataConfig:
     """Where the text is and how it becomes rows.
 
     Attributes:
-        manifest: manifest of the training shards (``mlm-dist prepare`` or ``mlm-dist index`` writes it).
+        manifest: path or URL of the manifest of the training shards (``mlm-dist prepare`` or ``mlm-dist index`` writes it).
+        sources: instead of manifest, several corpora: a list of {manifest, weight, text_field, mask_rate}.
         val_manifest: manifest of the validation shards, or null for none.
         tokenizer: directory or hub name of a fast BERT tokenizer.
+        tokenizer_backend: ``hf`` (transformers), ``nano`` (nanotoken) or ``auto`` (nanotoken where it is installed); nanotoken only if it gives the same ids.
         seq_len: longest row in tokens, [CLS] and [SEP] included.
         packing: ``none`` (one piece a row), ``split`` (documents cut so that rows are full) or ``best_fit`` (pieces whole).
         long_documents: ``chunk`` (pieces of at most seq_len - 2 tokens) or ``truncate``.
@@ -43,11 +61,18 @@ class DataConfig:
         lanes: number of lanes, fixed for the life of a run; null: min(global_batch, blocks // 16, 960), at least 1.
         workers: loader processes of each rank; 0 reads in the rank itself.
         max_bad_fraction: share of an epoch's documents that may be lost to faults before the run stops.
+        allow_pipe: let manifests name shards as ``pipe:COMMAND``, which runs commands of whoever wrote the manifest.
+        cache_dir: directory on the node where blocks of remote shards are kept, or null for none.
+        cache_size: most bytes that the cache holds (``50GiB``).
+        read_retries: how often a failed read of a remote block is tried again.
+        read_timeout: seconds that one try may take.
     """
 
     manifest: str = ""
+    sources: list[SourceConfig] | None = None
     val_manifest: str | None = None
     tokenizer: str = ""
+    tokenizer_backend: Backend = "auto"
     seq_len: int = 128
     packing: Packing = "split"
     long_documents: LongDocuments = "chunk"
@@ -55,12 +80,37 @@ class DataConfig:
     lanes: int | None = None
     workers: int = 1
     max_bad_fraction: float = 0.01
+    allow_pipe: bool = False
+    cache_dir: str | None = None
+    cache_size: str = "50GiB"
+    read_retries: int = 5
+    read_timeout: float = 60.0
+
+    def corpora(self) -> list[SourceConfig]:
+        """``sources``, or the one that ``manifest`` is."""
+        return self.sources or [SourceConfig(self.manifest)]
+
+    def weights(self) -> list[float] | None:
+        """The weights of the corpora, or None."""
+        weights = [source.weight for source in self.corpora() if source.weight is not None]
+        return weights or None
 
     def check(self) -> None:
         """Raises UserError for values that no stream can have."""
-        for key in ("manifest", "tokenizer"):
-            if not getattr(self, key):
-                raise UserError(f"data.{key}: missing. Give it in the config file or as --data.{key} VALUE.")
+        if self.sources is None and not self.manifest:
+            raise UserError("data.manifest: missing. Give it in the config file or as --data.manifest VALUE.")
+        if self.sources is not None:
+            self._check_sources(self.sources)
+        if not self.tokenizer:
+            raise UserError("data.tokenizer: missing. Give it in the config file or as --data.tokenizer VALUE.")
+        if self.read_retries < 0:
+            raise UserError(f"data.read_retries: {self.read_retries} is negative; 5 is usual, 0 tries once.")
+        if not 0 < self.read_timeout < math.inf:
+            raise UserError(f"data.read_timeout: {self.read_timeout} must be a positive number of seconds.")
+        try:
+            parse_size(self.cache_size)
+        except ValueError as error:
+            raise UserError(f"data.cache_size: {error}") from error
         if self.seq_len < 8:
             raise UserError(f"data.seq_len: {self.seq_len} is too short; use at least 8 (128 and 512 are usual).")
         if self.workers < 0:
@@ -72,177 +122,29 @@ class DataConfig:
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"data.max_bad_fraction: {self.max_bad_fraction} is not a share between 0 and 1.")
 
-
-@dataclass
-class Chunk:
-    """Consecutive rows of some lanes with what belongs to each row.
-
-    Attributes:
-        rows: R rows.
-        index: int64 [R], the row's number g in the run.
-        cursors: int64 [R, 3], its lane's (epoch, index in the lane's list, row in the block) after it.
-        bytes: int64 [R], corpus bytes that it accounts for.
-        live: bool [R], False for the rows of a lane at its end.
-        faults: (g, fault) found on the way to row g.
-    """
-
-    rows: Rows
-    index: np.ndarray
-    cursors: np.ndarray
-    bytes: np.ndarray
-    live: np.ndarray
-    faults: list[tuple[int, DataFault]]
-
-    @staticmethod
-    def merge(parts: Sequence["Chunk"]) -> "Chunk":
-        """All rows of the parts (at least one), by their number."""
-        index = np.concatenate([p.index for p in parts])
-        order = np.argsort(index, kind="stable")
-        return Chunk(
-            rows=Rows.concat([p.rows for p in parts]).take(order),
-            index=index[order],
-            cursors=np.concatenate([p.cursors for p in parts])[order],
-            bytes=np.concatenate([p.bytes for p in parts])[order],
-            live=np.concatenate([p.live for p in parts])[order],
-            faults=sorted((f for p in parts for f in p.faults), key=lambda f: (f[0], f[1].block)),
-        )
-
-    def slice(self, start: int, stop: int) -> "Chunk":
-        """Rows start:stop, with the faults on their way."""
-        index = self.index[start:stop]
-        wanted = set(index.tolist()) if self.faults else set()
-        return Chunk(
-            rows=self.rows.slice(start, stop),
-            index=index,
-            cursors=self.cursors[start:stop],
-            bytes=self.bytes[start:stop],
-            live=self.live[start:stop],
-            faults=[f for f in self.faults if f[0] in wanted],
-        )
-
-
-class LaneReader:
-    """Gives one lane's rows from a cursor on."""
-
-    def __init__(
-        self,
-        maker: BlockMaker,
-        order: Order,
-        lane: int,
-        epochs: int | None,
-        cursor: Sequence[int],
-        lost: frozenset[tuple[int, int]],
-    ):
-        self.maker, self.order, self.lane, self.epochs, self.lost = maker, order, lane, epochs, lost
-        self.epoch, self.position, self.row = (int(c) for c in cursor)
-        self._rows: Rows | None = None
-        self._size = self._pending_bytes = 0
-        self._sizes = order.sizes
-
-    def take(self, index: np.ndarray) -> Chunk:
-        """The lane's next rows, numbered ``index`` (int64 [n])."""
-        parts: list[Rows] = []
-        cursors, sizes = np.zeros((len(index), 3), np.int64), np.zeros(len(index), np.int64)
-        live = np.ones(len(index), bool)
-        faults: list[tuple[int, DataFault]] = []
-        tok = self.maker.tokenizer
-        done = 0
-        while done < len(index):
-            faults += [(int(index[done]), fault) for fault in self._open()]
-            if self._rows is None:
-                # One empty row, then another look: how far a lane without text goes on must not depend on how many rows were asked for.
-                parts.append(Rows.empty(1, tok.cls_id, tok.sep_id, tok.dtype))
-                cursors[done] = self.epoch, self.position, self.row
-                sizes[done], self._pending_bytes = self._pending_bytes, 0
-                live[done], done = False, done + 1
-                continue
-            total = len(self._rows)
-            n = min(len(index) - done, total - self.row)
-            parts.append(self._rows.slice(self.row, self.row + n))
-            steps = np.arange(self.row, self.row + n + 1)
-            sizes[done : done + n] = np.diff(self._size * steps // total)
-            sizes[done] += self._pending_bytes
-            cursors[done : done + n] = np.stack([np.full(n, self.epoch), np.full(n, self.position), steps[1:]], axis=1)
-            self._pending_bytes = 0
-            self.row, done = self.row + n, done + n
-            if self.row == total:
-                self._next_block()
-                cursors[done - 1] = self.epoch, self.position, self.row
-        return Chunk(Rows.concat(parts or [self.maker.no_rows()]), index, cursors, sizes, live, faults)
-
-    def _open(self) -> list[DataFault]:
-        """Move to the next block that has rows, unless one is open. Leaves ``_rows`` None at the lane's end, or when a whole epoch of it holds no text."""
-        faults: list[DataFault] = []
-        once_around = self.epoch + 1, self.position
-        while self._rows is None and (self.epochs is None or self.epoch < self.epochs):
-            if (self.epoch, self.position) >= once_around:
-                break
-            blocks = self.order.epoch(self.epoch)[self.lane]
-            if self.position >= len(blocks):
-                self.epoch, self.position, self.row = self.epoch + 1, 0, 0
-                continue
-            block = int(blocks[self.position])
-            self._size = int(self._sizes[block])
-            if (self.epoch, block) in self.lost:
-                rows = None
-            else:
-                rows, found = self.maker.rows(block, self.epoch)
-                if self.row and any(fault.whole for fault in found):
-                    raise BlockError(
-                        f"block {block} at byte {found[0].offset} of {found[0].shard}, of which {self.row} rows are in the run already, "
-                        f"can no longer be read ({found[0].cause}). Bring the shard back."
-                    )
-                faults += found
-            if rows is not None and len(rows):
-                self._rows = rows
-            else:
-                self._pending_bytes += self._size
-                self._next_block()
-        return faults
-
-    def _next_block(self) -> None:
-        self._rows, self.row, self.position = None, 0, self.position + 1
-        if self.position == len(self.order.epoch(self.epoch)[self.lane]):
-            self.epoch, self.position = self.epoch + 1, 0
-
-
-class LaneDataset(IterableDataset):
-    """What a loader worker runs: endless chunks of the lanes that it owns, ``rounds`` rows of each."""
-
-    def __init__(
-        self,
-        maker: BlockMaker,
-        order: Order,
-        lanes: Sequence[int],
-        epochs: int | None,
-        first_row: int,
-        cursors: np.ndarray,
-        lost: frozenset[tuple[int, int]],
-    ):
-        self.maker, self.order, self.lanes, self.epochs, self.first_row, self.cursors, self.lost = (
-            maker,
-            order,
-            list(lanes),
-            epochs,
-            first_row,
-            cursors,
-            lost,
-        )
-
-    def __iter__(self) -> Iterator[Chunk]:
-        info = get_worker_info()
-        lanes = self.lanes[info.id :: info.num_workers] if info else self.lanes
-        # All workers of a rank must send the same rounds in a message, so the count comes from the largest of them.
-        largest = -(-len(self.lanes) // (info.num_workers if info else 1))
-        rounds = max(1, MESSAGE_ROWS // largest)
-        readers = [
-            LaneReader(self.maker, self.order, lane, self.epochs, self.cursors[lane], self.lost) for lane in lanes
-        ]
-        start = self.first_row // self.order.lanes
-        while True:
-            index = [np.arange(start, start + rounds) * self.order.lanes + lane for lane in lanes]
-            yield Chunk.merge([reader.take(g[g >= self.first_row]) for reader, g in zip(readers, index, strict=True)])
-            start += rounds
+    def _check_sources(self, sources: list[SourceConfig]) -> None:
+        if self.manifest:
+            raise UserError(
+                f"data.sources: data.manifest is {self.manifest!r} too; give one of them (--data.manifest '' unsets the other)."
+            )
+        if not sources:
+            raise UserError("data.sources: the list is empty; give at least one {manifest: ...}.")
+        weighted = [source.weight is not None for source in sources]
+        if any(weighted) and not all(weighted):
+            raise UserError(
+                f"data.sources[{weighted.index(False)}].weight: missing; give all sources a weight, or none."
+            )
+        for i, source in enumerate(sources):
+            if not source.manifest:
+                raise UserError(f"data.sources[{i}].manifest: missing.")
+            if source.weight is not None and not 0 < source.weight < math.inf:
+                raise UserError(
+                    f"data.sources[{i}].weight: {source.weight} must be positive; leave out the sources that are not wanted."
+                )
+            if source.mask_rate is not None and not 0 < source.mask_rate < 1:
+                raise UserError(
+                    f"data.sources[{i}].mask_rate: {source.mask_rate} is not a probability between 0 and 1."
+                )
 
 
 def _worker_signals(_worker: int) -> None:
@@ -284,13 +186,15 @@ class Stream:
     """The global batches of one run as rank ``rank`` of ``world_size`` sees them.
 
     Attributes:
+        makers: one for each corpus.
+        weights: of the corpora, or None: each whole, once an epoch.
         global_batch: rows of a batch, B.
         micro_batch: most rows of a micro-batch.
         epochs: after which lanes end, or None for an endless stream.
         workers: loader processes; changes nothing in the data.
     """
 
-    maker: BlockMaker
+    makers: Sequence[BlockMaker]
     global_batch: int
     micro_batch: int
     rank: int = 0
@@ -298,13 +202,20 @@ class Stream:
     workers: int = 0
     epochs: int | None = None
     lanes: int | None = None
+    weights: Sequence[float] | None = None
     order: Order = field(init=False, repr=False)
     _counts: dict[int, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = self.maker.sizes()
-        self.lanes = self.lanes or default_lanes(self.global_batch, len(sizes))
-        self.order = Order(sizes, self.lanes, self.maker.seed, self.maker.shuffle)
+        sizes = [maker.sizes() for maker in self.makers]
+        first = self.makers[0]
+        self.lanes = self.lanes or default_lanes(self.global_batch, sum(map(len, sizes)))
+        self.order = Order(sizes, self.lanes, first.seed, self.weights, first.shuffle)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of all corpora."""
+        return self.makers[0].tokenizer
 
     def start_cursors(self) -> np.ndarray:
         """Where every lane begins, int64 [lanes, 3]."""
@@ -329,13 +240,13 @@ class Stream:
         return steps * self.global_batch / places
 
     def batches(
-        self, start: int = 0, cursors: np.ndarray | None = None, lost: frozenset[tuple[int, int]] = frozenset()
+        self, start: int = 0, cursors: np.ndarray | None = None, lost: Lost = frozenset()
     ) -> Generator[Batch, None, None]:
         """Batches ``start``, ``start + 1``, ... without end; after the lanes' end their rows are not live.
 
         Args:
             cursors: int64 [lanes, 3] as a batch carried them before ``start``.
-            lost: (epoch, block) of the ledger: not read, whatever they hold now.
+            lost: (source, epoch, block) of the ledger: not read, whatever they hold now.
         """
         cursors = (self.start_cursors() if cursors is None else cursors).copy()
         if len(cursors) != self.order.lanes:
@@ -357,14 +268,15 @@ class Stream:
             # Rows are in order, so a lane's last cursor is the one that stays.
             cursors = cursors.copy()
             cursors[mine.index % self.order.lanes] = mine.cursors
-            live_lengths, live_selected = mine.rows.lengths[mine.live], mine.rows.selected[mine.live]
+            # Rows that are not live hold two tokens and no label.
+            real = np.count_nonzero(mine.rows.ids != self.tokenizer.pad_id) - 2 * np.count_nonzero(~mine.live)
             yield Batch(
                 step=step,
                 rows=mine.rows,
                 index=mine.index,
                 live=mine.live,
-                selected=int(live_selected.sum()),
-                tokens=int(live_lengths.sum()),
+                selected=int(mine.rows.selected.sum()),
+                tokens=int(real),
                 bytes=int(mine.bytes.sum()),
                 cursors=cursors,
                 faults=[fault for _, fault in mine.faults],
@@ -373,15 +285,15 @@ class Stream:
             step += 1
 
     def _no_rows(self) -> Chunk:
-        none = np.zeros(0, np.int64)
-        return Chunk(self.maker.no_rows(), none, np.zeros((0, 3), np.int64), none, none.astype(bool), [])
+        return Chunk.of([], [], self._plan(frozenset()))
 
-    def _chunks(
-        self, lanes: list[int], first_row: int, cursors: np.ndarray, lost: frozenset[tuple[int, int]]
-    ) -> Iterator[Chunk]:
+    def _plan(self, lost: Lost) -> Plan:
+        return Plan(self.makers, self.order, self.epochs, self.global_batch, lost)
+
+    def _chunks(self, lanes: list[int], first_row: int, cursors: np.ndarray, lost: Lost) -> Iterator[Chunk]:
         if not lanes:
             return
-        dataset = LaneDataset(self.maker, self.order, lanes, self.epochs, first_row, cursors, lost)
+        dataset = LaneDataset(self._plan(lost), lanes, first_row, cursors)
         workers = min(self.workers, len(lanes))
         if not workers:
             yield from dataset
@@ -401,7 +313,7 @@ class Stream:
 
     def collate(self, batch: Batch) -> list[dict[str, torch.Tensor]]:
         """The batch as micro-batches of tensors (see ``Rows.collate``); a place without a row holds [CLS] [SEP] and no label."""
-        tok = self.maker.tokenizer
+        tok = self.tokenizer
         rows, out = batch.rows, []
         for i in range(batch.micro_batches):
             part = rows.slice(i * self.micro_batch, (i + 1) * self.micro_batch)
@@ -415,11 +327,8 @@ def _as_is(chunk: Any) -> Any:
 
 def open_stream(
     data: DataConfig,
-    mask: MaskConfig,
-    manifest: Manifest,
-    tokenizer: TextTokenizer,
+    makers: Sequence[BlockMaker],
     *,
-    seed: int,
     global_batch: int,
     micro_batch: int,
     rank: int,
@@ -427,20 +336,9 @@ def open_stream(
     epochs: int | None,
     validation: bool = False,
 ) -> Stream:
-    """The stream of one manifest under the ``data`` and ``mask`` sections; for ``validation`` in natural order, with lanes of its own."""
-    maker = BlockMaker(
-        manifest=manifest,
-        tokenizer=tokenizer,
-        seq_len=data.seq_len,
-        packing=data.packing,
-        long_documents=data.long_documents,
-        mask=mask,
-        seed=seed,
-        shuffle=not validation,
-        text_field=data.text_field,
-    )
+    """The stream of the makers' corpora under the ``data`` section; for ``validation`` in natural order, with lanes of its own."""
     return Stream(
-        maker,
+        makers,
         global_batch=global_batch,
         micro_batch=micro_batch,
         rank=rank,
@@ -448,4 +346,5 @@ def open_stream(
         workers=data.workers,
         epochs=epochs,
         lanes=None if validation else data.lanes,
+        weights=None if validation else data.weights(),
     )

@@ -1,11 +1,12 @@
 """The tokenizer as the data path sees it: text in, content ids out, and the few ids that have a role."""
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,9 +16,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+Backend = Literal["auto", "hf", "nano"]
+
+# ruff: noqa: RUF001
+# What tokenizers disagree on first, where one is not the other: accents, case, width, white space and control characters, scripts without spaces, very long
+# words, special tokens spelled out.
+PROBES = (
+    "",
+    " \t\n\u00a0\u2003 \u200b",
+    "Café CAFÉ cafe\u0301 naïve Ångström ﬁ ﬄ ½ ²",
+    "İstanbul ı ẞ ß ς Σ ǅ Ω Ω",
+    "中文字符 mixed 漢字とかな한국어 ไทย हिन्दी العربية עברית",
+    "[CLS] [SEP] [MASK] [PAD] [UNK] [mask] [unused5] ##ing <s>",
+    "a\x00b\x07c\ufffdd\ufeffe\u00adf\u2028g\u202eh",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 ∑∫√ ﷽ \U0001d49c \U000e0041",
+    "don't rock-n-roll e.g. 3.14159 1,000,000 $5.00 user@example.com https://example.com/a?b=c&d=e#f",
+    "x" * 99 + " " + "y" * 100 + " " + "z" * 101 + " " + "é" * 100 + "w" * 5000,
+    "¡¿«»„“”‘’—–…·•†‡§¶©®™°±×÷|~`^_\\{}<>",
+)
+
+
 @dataclass(frozen=True)
 class TextTokenizer:
     """A transformers fast tokenizer reduced to what workers need; picklable.
+
+    Two libraries can do the work, with the same result: `tokenizers`, the reference, and nanotoken, many times faster, which ``choose_backend`` takes
+    after it has seen that they agree.
 
     Attributes:
         backend: the ``tokenizers.Tokenizer``, without truncation, padding or special-token parsing: a text that contains ``[SEP]`` is text.
@@ -26,6 +50,8 @@ class TextTokenizer:
         vocab_size: ``len(tokenizer)``.
         fingerprint: SHA-256 hex over the tokenizer's definition and special ids.
         dtype: the narrowest of uint16 and uint32 that holds an id.
+        continues: bool [vocab_size], True for tokens that go on with a word (WordPiece's ``##``); None where the vocabulary has no such marks.
+        nano: nanotoken's ``WordPieceTokenizer``, or None for `tokenizers`.
     """
 
     backend: Any
@@ -38,9 +64,22 @@ class TextTokenizer:
     vocab_size: int
     fingerprint: str
     dtype: np.dtype = field(default_factory=lambda: np.dtype(np.uint16))
+    continues: np.ndarray | None = None
+    nano: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "nano": self.nano is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["nano"] = _nano(self) if state["nano"] else None
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Content ids of the texts without special tokens: (flat ids [T] of ``dtype``, int64 offsets [len(texts) + 1])."""
+        if self.nano is not None:
+            # In this thread: a pool of threads would not live through the fork of a loader worker.
+            ids, offsets = self.nano.encode_batch(texts, add_special_tokens=False, parallel=False)
+            return ids.astype(self.dtype), offsets
         self.backend.encode_special_tokens = True  # pickling, on the way to a loader worker, forgets it
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         offsets = np.zeros(len(texts) + 1, np.int64)
@@ -99,10 +138,11 @@ def from_pretrained(tokenizer: "PreTrainedTokenizerFast") -> TextTokenizer:
     backend.no_padding()
     definition = backend.to_str()
     vocab_size = len(tokenizer)
+    vocab = tokenizer.get_vocab()
     special = np.unique(np.asarray(tokenizer.all_special_ids, np.int64))
-    unused = [i for token, i in tokenizer.get_vocab().items() if token.startswith("[unused") and token.endswith("]")]
+    unused = [i for token, i in vocab.items() if token.startswith("[unused") and token.endswith("]")]
     ordinary = np.setdiff1d(
-        np.asarray(sorted(tokenizer.get_vocab().values()), np.int64),
+        np.asarray(sorted(vocab.values()), np.int64),
         np.concatenate([special, np.asarray(unused, np.int64)]),
     )
     if not len(ordinary):
@@ -120,7 +160,64 @@ def from_pretrained(tokenizer: "PreTrainedTokenizerFast") -> TextTokenizer:
         vocab_size=vocab_size,
         fingerprint=hashlib.sha256(f"{definition}|{special.tolist()}".encode()).hexdigest(),
         dtype=np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32),
+        continues=_continues(json.loads(definition)["model"], vocab, vocab_size),
     )
+
+
+def _continues(model: dict[str, Any], vocab: dict[str, int], vocab_size: int) -> np.ndarray | None:
+    prefix = model.get("continuing_subword_prefix")
+    if model.get("type") != "WordPiece" or not prefix:
+        return None
+    table = np.zeros(max(vocab_size, max(vocab.values()) + 1), bool)
+    table[[i for token, i in vocab.items() if token.startswith(prefix) and token != prefix]] = True
+    return table
+
+
+def _nano(tokenizer: TextTokenizer) -> Any:
+    """The same tokenizer in nanotoken. Raises ImportError, or ValueError for one that it cannot be."""
+    from nanotoken import WordPieceTokenizer
+
+    definition = json.loads(tokenizer.backend.to_str())
+    # As with `encode_special_tokens`: text that spells a special token is text.
+    definition["added_tokens"] = [t for t in definition["added_tokens"] if not t["special"]]
+    return WordPieceTokenizer.from_json(json.dumps(definition))
+
+
+def choose_backend(tokenizer: TextTokenizer, backend: Backend, texts: Sequence[str]) -> tuple[TextTokenizer, str]:
+    """The tokenizer with the back end that ``data.tokenizer_backend`` asks for, and why it is not the fast one ("" when it is, or was not wanted).
+
+    Args:
+        tokenizer: as ``from_pretrained`` gave it: the reference.
+        backend: ``hf`` takes the reference; ``nano`` and ``auto`` take nanotoken if it gives the same ids on ``texts`` and on ``PROBES``.
+        texts: from the run's own data; the same on all ranks, since the answer must be.
+
+    Raises:
+        UserError: ``nano`` was asked for and is not installed.
+    """
+    if backend == "hf":
+        return tokenizer, ""
+    try:
+        fast = replace(tokenizer, nano=_nano(tokenizer))
+    except ImportError as error:
+        if backend == "nano":
+            raise UserError(
+                "data.tokenizer_backend: nano needs the package nanotoken (pip install 'mlm-dist[fast]'); or set it to auto or hf."
+            ) from error
+        return tokenizer, "nanotoken is not installed (pip install 'mlm-dist[fast]')"
+    except ValueError as error:
+        return tokenizer, f"nanotoken cannot do this tokenizer ({' '.join(str(error).split())})"
+    for part in (list(PROBES), list(texts)):
+        (ids, offsets), (wanted, wanted_offsets) = fast.encode(part), tokenizer.encode(part)
+        if not (np.array_equal(offsets, wanted_offsets) and np.array_equal(ids, wanted)):
+            return tokenizer, f"nanotoken and transformers differ on {_difference(fast, tokenizer, part)!r}"
+    return fast, ""
+
+
+def _difference(one: TextTokenizer, other: TextTokenizer, texts: Sequence[str]) -> str:
+    """The first word on which they differ, or else the beginning of the first text."""
+    text = next((t for t in texts if not np.array_equal(one.encode([t])[0], other.encode([t])[0])), texts[0])
+    word = next((w for w in text.split() if not np.array_equal(one.encode([w])[0], other.encode([w])[0])), text)
+    return word[:80]
 
 
 def load(name_or_path: str) -> TextTokenizer:

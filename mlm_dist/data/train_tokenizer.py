@@ -5,17 +5,27 @@ import filecmp
 import os
 import sys
 import tempfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlm_dist.data.archive import block_documents
+from mlm_dist.data.documents import read_part
 from mlm_dist.data.manifest import Manifest
-from mlm_dist.data.members import LostDocument, MemberError, read_documents
-from mlm_dist.data.sources import BUILTINS, find_parts, find_sources, read_part
-from mlm_dist.data.tar import TarError, iter_members
+from mlm_dist.data.members import LostDocument, MemberError
+from mlm_dist.data.sources import (
+    BUILTINS,
+    INPUTS_HELP,
+    Source,
+    add_dataset_arguments,
+    find_parts,
+    find_sources,
+    sources_of,
+)
+from mlm_dist.data.tar import TarError
 from mlm_dist.errors import UserError
+from mlm_dist.storage.store import Store, StoreError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,45 +99,48 @@ def make_tokenizer(vocabulary: dict[str, int], *, lowercase: bool = True) -> "Pr
     return tokenizer
 
 
-def source_documents(
-    inputs: list[str], builtins: list[str], field: str | None, manifest: Path | None
-) -> Callable[[], Iterator[str]]:
-    """What gives the documents of text inputs, or of a manifest's shards; documents that cannot be read are left out.
+def source_documents(sources: Sequence[Source], field: str = "text") -> Callable[[], Iterator[str]]:
+    """What gives the documents of sources; those that cannot be read are left out.
 
     Raises:
-        UserError: Both or neither kind of input; from the function given: an input or a block that cannot be read.
+        UserError: From the function given: a source that cannot be read.
     """
-    if bool(inputs or builtins) == bool(manifest):
-        raise UserError("give either text INPUTs (or --builtin) or --manifest")
-    if manifest:
-        corpus = Manifest.read(manifest)
-        corpus.check_files()
-        return lambda: _manifest_documents(corpus, field or corpus.text_field or "text")
-    parts = find_parts(find_sources(inputs, builtins))
+    parts = find_parts(sources)
     return lambda: (
-        document
-        for part in parts
-        for _, document in read_part(part, field or "text")
-        if not isinstance(document, LostDocument)
+        document for part in parts for _, document in read_part(part, field) if not isinstance(document, LostDocument)
     )
 
 
-def _manifest_documents(manifest: Manifest, field: str) -> Iterator[str]:
-    for i, shard in enumerate(manifest.shards):
-        path = manifest.shard_path(i)
-        with path.open("rb") as file:
-            for offset, length, crc32 in zip(shard.offsets, shard.lengths, shard.crc32, strict=True):
-                file.seek(int(offset))
-                block = file.read(int(length))
-                if zlib.crc32(block) != crc32:
-                    raise UserError(f"shard {path}: the block at byte {offset} differs from the manifest's checksum")
-                try:
-                    for member in iter_members(block, base=int(offset)):
-                        for document in read_documents(member.name, member.data, field):
-                            if not isinstance(document, LostDocument):
-                                yield document
-                except (TarError, MemberError) as error:
-                    raise UserError(f"shard {path}: the block at byte {offset} cannot be read: {error}") from error
+def manifest_documents(path: str, field: str | None = None, *, allow_pipe: bool = False) -> Callable[[], Iterator[str]]:
+    """What gives the documents of a manifest's shards; those that cannot be read are left out.
+
+    Args:
+        path: The manifest, a file or at a URL.
+        field: Field of JSON members that is the text; None takes what the manifest says, else `text`.
+        allow_pipe: Let shards be `pipe:COMMAND`.
+
+    Raises:
+        UserError: Shards that are missing, or of token ids; from the function given: a block that cannot be read.
+    """
+    manifest = Manifest.read(path)
+    if manifest.token_ids is not None:
+        raise UserError(f"--manifest {path}: its shards hold token ids; give the text that they were made of")
+    store = Store(manifest.root, allow_pipe=allow_pipe)
+    manifest.check_files(store=store)
+    return lambda: _manifest_documents(manifest, store, field or manifest.text_field or "text")
+
+
+def _manifest_documents(manifest: Manifest, store: Store, field: str) -> Iterator[str]:
+    for shard in manifest.shards:
+        for offset, length, crc32 in zip(shard.offsets, shard.lengths, shard.crc32, strict=True):
+            try:
+                block = store.read(shard.path, int(offset), int(length), int(crc32))
+                for document in block_documents(block, shard.path, field, base=int(offset)):
+                    if isinstance(document, str):
+                        yield document
+            except (StoreError, TarError, MemberError) as error:
+                where = manifest.where(shard)
+                raise UserError(f"shard {where}: the block at byte {offset} cannot be read: {error}") from error
 
 
 def save(tokenizer: "PreTrainedTokenizerFast", output: Path, *, overwrite: bool = False) -> bool:
@@ -167,21 +180,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="text files (.txt .md .rst .jsonl, also .gz .zst), directories, globs",
+        help=INPUTS_HELP,
     )
     add("--builtin", action="append", default=[], choices=BUILTINS, help="text that every Python carries; no download")
-    add("--manifest", type=Path, help="train on these shards instead: a manifest.json of `mlm-dist prepare` or `index`")
+    add_dataset_arguments(parser)
+    add(
+        "--manifest", help="train on these shards instead: a manifest.json of `mlm-dist prepare` or `index`, or its URL"
+    )
+    add("--allow-pipe", action="store_true", help="run the commands that --manifest names as pipe:COMMAND")
     add("--output", type=Path, required=True, help="directory to save in")
     add("--vocab-size", type=int, required=True, help="entries; a multiple of 64 is quickest on a GPU")
     add("--cased", action="store_true", help="keep case and accents (default: as bert-base-uncased)")
     add("--min-frequency", type=int, default=2, help="how often a pair must occur (default: %(default)s)")
-    add("--field", help="field of JSON records that is the text (default: the manifest's, else text)")
+    add(
+        "--field",
+        help="field of JSON records, or column of tables, that is the text (default: the manifest's, else text)",
+    )
     add("--overwrite", action="store_true", help="replace another tokenizer in the directory")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; give its exit code."""
-    documents = source_documents(args.inputs, args.builtin, args.field, args.manifest)
+    if bool(args.inputs or args.builtin or args.dataset) == bool(args.manifest):
+        raise UserError("give either text INPUTs (or --builtin, --dataset) or --manifest")
+    if args.manifest:
+        documents = manifest_documents(args.manifest, args.field, allow_pipe=args.allow_pipe)
+    else:
+        field = args.field or "text"
+        documents = source_documents(find_sources(**sources_of(args), field=field), field)
     lowercase = not args.cased
     vocabulary = train_vocabulary(documents, args.vocab_size, lowercase=lowercase, min_frequency=args.min_frequency)
     written = save(make_tokenizer(vocabulary, lowercase=lowercase), args.output, overwrite=args.overwrite)

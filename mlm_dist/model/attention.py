@@ -24,7 +24,8 @@ def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive block-diagonal mask: position i sees position j when both are of one segment.
 
     Args:
-        segment_ids: int64 [B, S]; 0 is padding, 1.. number the documents of a row.
+        segment_ids: int64 [B, S]; 0 is padding, 1.. number the documents of a row; -s is a [PAD] of segment s, which sees what s sees and is seen by none (a
+            padded position under a two-dimensional attention mask, of use where it carries a label).
         dtype: floating dtype of the attention scores.
 
     Returns:
@@ -36,7 +37,7 @@ def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
     The lowest value, not -inf, keeps a block of keys that is masked throughout free of inf - inf in the kernels'
     running softmax; its weight is exactly 0 all the same.
     """
-    visible = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    visible = segment_ids.abs()[:, None, :, None] == segment_ids[:, None, None, :]
     mask = torch.zeros(visible.shape, dtype=dtype, device=segment_ids.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 

@@ -1,7 +1,5 @@
 """Which BERT to train: its configuration, checked before any weight exists, and the model, new or from a checkpoint."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,7 +64,7 @@ def check_attention(name: str) -> str:
     return name
 
 
-def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int) -> BertConfig:
+def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int) -> "BertConfig":
     """The BertConfig that `cfg` asks for. Reads configuration files only, no weights.
 
     Args:
@@ -104,7 +102,7 @@ def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int) 
         raise UserError(f"model: BertConfig refuses the configuration of {source}: {error}") from error
 
 
-def check_fit(config: BertConfig, *, vocab_size: int, seq_len: int) -> None:
+def check_fit(config: "BertConfig", *, vocab_size: int, seq_len: int) -> None:
     """Check that the model takes what the data will give it.
 
     Args:
@@ -154,7 +152,7 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Mapping[str, int]) -> None:
             )
 
 
-def build(cfg: ModelConfig, config: BertConfig, *, seed: int) -> BertForMaskedLM:
+def build(cfg: ModelConfig, config: "BertConfig", *, seed: int) -> "BertForMaskedLM":
     """The model in fp32 on the CPU, in training mode.
 
     New weights depend on `config` and `seed` alone: not on the state of any global generator, which is left as found,
@@ -183,7 +181,7 @@ def build(cfg: ModelConfig, config: BertConfig, *, seed: int) -> BertForMaskedLM
     return model.train()
 
 
-def flops_per_token(config: BertConfig, *, attended: float, selected: float) -> float:
+def flops_per_token(config: "BertConfig", *, attended: float, selected: float) -> float:
     """Floating-point operations that training needs for one token, forward and backward.
 
     The products of matrices alone, two operations for each multiply-add, the backward pass twice the forward one

@@ -56,7 +56,7 @@ class MaskedLM(nn.Module):
         Args:
             input_ids: int64 [B, S], masked already.
             position_ids: int64 [B, S], starting again at 0 in each segment.
-            segment_ids: int64 [B, S]; 0 is padding, 1.. the documents of a row.
+            segment_ids: int64 [B, S]; 0 is padding, 1.. the documents of a row, -s a [PAD] that document s itself holds (it sees, and is not seen).
             selected: int64 [M], flat indices into B*S. M may be 0: the loss is then exactly 0 and its gradients are
                 zeros.
             labels: int64 [M], the tokens to predict there.

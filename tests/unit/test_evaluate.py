@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from mlm_dist.data.block import BlockMaker
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.stream import DataConfig, Stream, open_stream
 from mlm_dist.data.tokenizer import TextTokenizer, load
 from mlm_dist.errors import UserError
 from mlm_dist.evaluate import EvalConfig, validate
+from mlm_dist.storage.store import Store
 from tests.corpora import documents, save_corpus, save_tokenizer
 
 TEXTS = documents(150)
@@ -83,12 +85,21 @@ class Model:
 
 
 def open_val(manifest: Manifest, tokenizer: TextTokenizer, rank: int, world: int, batch: int, **data: Any) -> Stream:
-    return open_stream(
-        DataConfig(seq_len=32, workers=0, **data),
-        MaskConfig(),
+    config = DataConfig(seq_len=32, workers=0, **data)
+    maker = BlockMaker(
         manifest,
+        Store(manifest.root),
         tokenizer,
+        seq_len=32,
+        packing=config.packing,
+        long_documents=config.long_documents,
+        mask=MaskConfig(),
         seed=1234,
+        shuffle=False,
+    )
+    return open_stream(
+        config,
+        [maker],
         global_batch=batch,
         micro_batch=5,
         rank=rank,
@@ -143,8 +154,10 @@ def test_the_same_each_time(manifest: Manifest, tokenizer: TextTokenizer) -> Non
 
 def test_accuracy_is_what_the_model_got_right(manifest: Manifest, tokenizer: TextTokenizer) -> None:
     ((result,), _) = measure(manifest, tokenizer, 1)
-    maker = open_val(manifest, tokenizer, 0, 1, 16).maker
-    labels = np.concatenate([maker.rows(b, 0)[0].labels for b in range(manifest.num_blocks)])
+    maker = open_val(manifest, tokenizer, 0, 1, 16).makers[0]
+    labels = np.concatenate(
+        [maker.rows(b, 0, lambda rows: np.zeros(rows, np.int64))[0].labels for b in range(manifest.num_blocks)]
+    )
     assert result["selected"] == len(labels)
     assert result["accuracy"] == pytest.approx((labels % 3 == 0).mean())
 

@@ -10,9 +10,10 @@ from mlm_dist.tracking import JsonLines
 
 
 def fault(
-    block: int = 0, epoch: int = 0, whole: bool = False, documents: int = 1, cause: str = "bad"
+    block: int = 0, epoch: int = 0, whole: bool = False, documents: int = 1, cause: str = "bad", source: int = 0
 ) -> dict[str, Any]:
     return {
+        "source": source,
         "epoch": epoch,
         "block": block,
         "shard": f"shard-{block}.tar",
@@ -48,7 +49,7 @@ def test_another_epoch_or_kind_is_another_loss() -> None:
 
 def test_only_whole_blocks_are_not_read_again() -> None:
     ledger = Ledger([fault(1), fault(2, whole=True), fault(2, epoch=1, whole=True), fault(3, epoch=1)])
-    assert ledger.lost_blocks() == {(0, 2), (1, 2)}
+    assert ledger.lost_blocks() == {(0, 0, 2), (0, 1, 2)}
 
 
 def write(path: Path, *faults: dict[str, Any]) -> None:
@@ -67,7 +68,7 @@ def test_read_back_from_events(tmp_path: Path) -> None:
     ledger = Ledger.read(path)
     assert ledger.faults == faults
     assert ledger.add(faults) == []
-    assert ledger.lost_blocks() == {(0, 2)}
+    assert ledger.lost_blocks() == {(0, 0, 2)}
 
 
 @pytest.mark.parametrize("cause", ["a\u2028b", "a\x85b", "a\x0b\x1cb", "caf\u00e9.jsonl: kaputt", 'quote " \\ \n'])
@@ -86,28 +87,35 @@ def test_a_line_torn_anywhere_leaves_the_ones_before(tmp_path: Path) -> None:
     data = path.read_bytes()
     for end in range(len(whole), len(data) - 1):
         path.write_bytes(data[:end])
-        assert Ledger.read(path).lost_blocks() <= {(0, 1), (0, 2)}
-        assert (0, 1) in Ledger.read(path).lost_blocks()
+        assert Ledger.read(path).lost_blocks() <= {(0, 0, 1), (0, 0, 2)}
+        assert (0, 0, 1) in Ledger.read(path).lost_blocks()
     path.write_bytes(data)
-    assert Ledger.read(path).lost_blocks() == {(0, 1), (0, 2)}
+    assert Ledger.read(path).lost_blocks() == {(0, 0, 1), (0, 0, 2)}
 
 
 def test_verdict_counts_documents_by_epoch() -> None:
     ledger = Ledger([fault(1, whole=True, documents=6), fault(2, documents=4), fault(3, epoch=1, documents=10)])
-    assert ledger.verdict(1000, 0.01) == ""  # ten of a thousand in each epoch: at the limit, not over it
+    assert ledger.verdict([1000], 0.01) == ""  # ten of a thousand in each epoch: at the limit, not over it
     ledger.add([fault(4)])
-    verdict = ledger.verdict(1000, 0.01)
+    verdict = ledger.verdict([1000], 0.01)
     assert "11 of 1000 documents of epoch 0" in verdict and "max_bad_fraction 0.01" in verdict
     assert all(f"shard-{b}.tar at byte {1024 * b}" in verdict for b in (1, 2, 4))
     assert "shard-3.tar" not in verdict
 
 
+def test_each_corpus_is_judged_by_its_own_size() -> None:
+    ledger = Ledger([fault(1, whole=True, documents=6), fault(1, source=1, documents=6)])
+    assert len(ledger.faults) == 2 and ledger.lost_blocks() == {(0, 0, 1)}
+    assert ledger.verdict([1000, 1000], 0.01) == ""
+    assert "6 of 100 documents of epoch 0 of data.sources[1] are lost" in ledger.verdict([1000, 100], 0.01)
+
+
 def test_no_loss_at_all_may_be_asked_for() -> None:
-    assert Ledger().verdict(1000, 0.0) == ""
-    assert "1 of 1000" in Ledger([fault(1)]).verdict(1000, 0.0)
+    assert Ledger().verdict([1000], 0.0) == ""
+    assert "1 of 1000" in Ledger([fault(1)]).verdict([1000], 0.0)
 
 
 def test_a_long_list_is_cut() -> None:
-    verdict = Ledger([fault(b) for b in range(70)]).verdict(100, 0.01)
+    verdict = Ledger([fault(b) for b in range(70)]).verdict([100], 0.01)
     assert "and 20 more in events.jsonl" in verdict
     assert verdict.count("shard-") == 50

@@ -285,3 +285,18 @@ def test_mask_is_block_diagonal(dtype: torch.dtype) -> None:
         [0, 0, 0, 1, 1],
     ]
     assert torch.softmax(mask, -1)[0, 0, 0, 2:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pads_of_a_segment_see_it_and_are_seen_by_none(dtype: torch.dtype) -> None:
+    mask = segment_mask(torch.tensor([[1, 1, -1, 2, -2, -2, 0]]), dtype)
+    assert mask.shape == (1, 1, 7, 7) and mask.dtype == dtype and mask.isfinite().all()
+    assert (mask[0, 0] == 0).long().tolist() == [
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]

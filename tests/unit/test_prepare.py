@@ -16,6 +16,7 @@ import pytest
 import webdataset
 
 from mlm_dist.data import prepare as command
+from mlm_dist.data.job import Share, open_job
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.members import read_documents
 from mlm_dist.data.prepare import MANIFESTS, prepare
@@ -128,11 +129,12 @@ def test_same_bytes_whatever_workers_input_order_and_place(corpus: Path, referen
 def test_many_tasks_and_parts_change_nothing(
     corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlm_dist.data import shuffle, sources
+    from mlm_dist.data import reading, sources, spill
 
     monkeypatch.setattr(sources, "_PART_BYTES", 5000)
-    monkeypatch.setattr(shuffle, "_TASK_BYTES", 7000)
-    monkeypatch.setattr(shuffle, "_SPILL_BUFFER", 1000)
+    monkeypatch.setattr(reading, "_MIN_UNIT_BYTES", 40_000)
+    monkeypatch.setattr(reading, "_MAX_UNIT_BYTES", 40_000)
+    monkeypatch.setattr(spill, "_BUFFER_BYTES", 1000)
     for workers in (1, 3):
         prepare([str(corpus)], tmp_path / str(workers), SMALL, workers=workers)
         assert files(tmp_path / str(workers)) == files(reference)
@@ -186,7 +188,7 @@ def running(pid: str) -> bool:
 
 @pytest.mark.parametrize(
     ("workers", "moment"),
-    [(1, ".prepare-tmp/*"), (1, ".prepare-tmp/*/train-*.*[0-9]"), (3, ".prepare-tmp/*/train-0000*.tar")],
+    [(1, ".prepare-tmp/*"), (1, ".prepare-tmp/*/unit-*.spill"), (3, ".prepare-tmp/*/train-0000*.tar")],
 )
 def test_killed_and_run_again(corpus: Path, reference: Path, tmp_path: Path, workers: int, moment: str) -> None:
     output = tmp_path / "out"
@@ -217,34 +219,58 @@ class Crash(BaseException):
     pass
 
 
-def crash_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+def at_call(call: int, function: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:
+    """The function, which does `action` before one of its calls."""
     calls = 0
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
-            raise Crash
+            action()
         return function(*arguments, **options)
 
     return wrapped
 
 
-def test_crash_at_every_rename(corpus: Path, reference: Path, tmp_path: Path) -> None:
-    expected = files(reference)
+def crash() -> None:
+    raise Crash
+
+
+def crash_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    return at_call(call, function, crash)
+
+
+def test_crash_at_every_rename(tmp_path: Path) -> None:
+    inputs = [str(tmp_path / "few.txt")]
+    Path(inputs[0]).write_text("\n".join(text(i) for i in range(100)))
+    options = PrepareOptions(**{**vars(SMALL), "shard_size": 5000})
+    prepare(inputs, tmp_path / "whole", options)
+    expected = files(tmp_path / "whole")
+    assert len(expected) >= 4
+    prepare(inputs, tmp_path / "old", PrepareOptions(**{**vars(options), "seed": 5}))
+    old = Manifest.read(tmp_path / "old" / "manifest.json").fingerprint
     for overwrite in (False, True):
-        for call in range(1, len(expected) + 1):
+        crashed = 0
+        for call in itertools.count(1):
             output = tmp_path / f"{overwrite}-{call}"
             if overwrite:
-                shutil.copytree(reference, output)
+                shutil.copytree(tmp_path / "old", output)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "replace", crash_at(call, os.replace))
-                with pytest.raises(Crash):
-                    prepare([str(corpus)], output, SMALL, overwrite=overwrite)
-            assert not (output / "manifest.json").exists()
-            prepare([str(corpus)], output, SMALL)
+                try:
+                    prepare(inputs, output, options, overwrite=overwrite)
+                    break
+                except Crash:
+                    crashed += 1
+            if (output / "manifest.json").exists():  # then what was there before is whole
+                before = Manifest.read(output / "manifest.json")
+                before.check_files()
+                assert overwrite and before.fingerprint == old
+            prepare(inputs, output, options, overwrite=overwrite)
             assert files(output) == expected
             shutil.rmtree(output)
+        assert crashed >= 2 * len(expected)  # markers, shards, moves, manifests
 
 
 def test_run_again_when_finished(corpus: Path, tmp_path: Path) -> None:
@@ -268,7 +294,7 @@ def test_run_again_when_finished(corpus: Path, tmp_path: Path) -> None:
         prepare(inputs, output, SMALL)
     os.utime(tmp_path / "in" / "0.txt", (0, 0))
     (output / "train-00001.tar").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"not whole .*train-00001\.tar has 3 bytes"):
+    with pytest.raises(UserError, match=r"(?s)not whole .*train-00001\.tar.* has 3 bytes"):
         prepare(inputs, output, SMALL)
     prepare(inputs, output, SMALL, overwrite=True)
     assert files(output) == before
@@ -300,8 +326,20 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_two_at_once(corpus: Path, tmp_path: Path) -> None:
-    with command._locked(tmp_path), pytest.raises(UserError, match="another `mlm-dist prepare` is at work"):
-        prepare([str(corpus)], tmp_path, SMALL)
+    with (
+        open_job(tmp_path / ".prepare-tmp", {}, Share(), overwrite=False, needless=lambda _: False),
+        pytest.raises(UserError, match="another `mlm-dist prepare` is at work there"),
+    ):
+        prepare([str(corpus)], tmp_path, SMALL, overwrite=True)
+    prepare([str(corpus)], tmp_path, SMALL)
+
+
+def test_a_finished_directory_may_be_read_only(corpus: Path, tmp_path: Path) -> None:
+    prepare([str(corpus)], tmp_path / "out", SMALL)
+    with pytest.MonkeyPatch.context() as patch:  # root writes to read-only directories, too
+        patch.setattr(Path, "mkdir", crash_at(1, Path.mkdir))
+        _, written = prepare([str(corpus)], tmp_path / "out", SMALL)
+    assert not written
 
 
 def test_the_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

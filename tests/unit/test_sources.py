@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlm_dist.data import sources as module
+from mlm_dist.data.documents import read_part
 from mlm_dist.data.members import LostDocument
-from mlm_dist.data.sources import Source, SplitBy, find_parts, find_sources, read_part
+from mlm_dist.data.sources import Source, SplitBy, find_parts, find_sources
 from mlm_dist.errors import UserError
 
 

@@ -121,7 +121,7 @@ def test_every_cut_is_an_error() -> None:
     data = build(files)
     end = list(iter_members(data))[-1].end
     # At header boundaries, too: there tarfile and webdataset see a shorter, whole archive.
-    for cut in [*range(1, end + 1, 128), end]:
+    for cut in [*range(1, end + 512, 128), end]:
         with pytest.raises(TarError) as caught:
             read(data[:cut], whole=True)
         assert 0 <= caught.value.offset <= cut
@@ -169,9 +169,33 @@ def test_sparse_and_unknown_types_and_broken_pax_are_errors() -> None:
     info.pax_headers = {"GNU.sparse.major": "1"}
     with pytest.raises(TarError, match="sparse"):
         read(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    for key in ("path", "size"):
+        with pytest.raises(TarError, match="global header"):
+            read(build([("a.txt", b"x")], tarfile.PAX_FORMAT, {key: "1"}))
     whole = build([(UNICODE, b"x")], tarfile.PAX_FORMAT)
     with pytest.raises(TarError, match="PAX"):
         read(whole.replace(b" path=", b" path:"))
+
+
+def test_extension_headers_are_bounded() -> None:
+    def extended(kind: bytes, payload: bytes) -> bytes:
+        info = tarfile.TarInfo("@")
+        info.type, info.size = kind, len(payload)
+        member = build([("real.txt", b"text")])
+        return info.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(-len(payload) % 512) + member
+
+    assert read(extended(b"L", b"x" * (1 << 20)), whole=True) == [("x" * (1 << 20), b"text")]
+    for kind in (b"L", b"K", b"x", b"g"):
+        with pytest.raises(TarError, match="extension header of 1048577 bytes"):
+            read(extended(kind, b"x" * ((1 << 20) + 1)), whole=True)
+    for kind, payload in ((b"L", b""), (b"L", b"\0name"), (b"x", b"8 path=\n")):
+        with pytest.raises(TarError, match="empty name"):
+            read(extended(kind, payload), whole=True)
+    for digits in (b"9" * 21, b"9" * 5000, b"-1", b"1e3"):  # Python converts no number of more than 4300 digits
+        record = b" size=" + digits + b"\n"
+        length = next(n for n in range(len(record), len(record) + 6) if len(b"%d" % n) + len(record) == n)
+        with pytest.raises(TarError, match="as the member's size"):
+            read(extended(b"x", b"%d" % length + record), whole=True)
 
 
 def test_errors_survive_a_process_boundary() -> None:
@@ -188,4 +212,6 @@ def test_mapped_file(tmp_path: Path) -> None:
     assert read(map_archive(path), whole=True) == []
     path.write_bytes(b"")
     with pytest.raises(TarError, match="empty"):
-        map_archive(path)
+        read(map_archive(path), whole=True)
+    with pytest.raises(OSError):
+        map_archive(tmp_path / "none.tar")

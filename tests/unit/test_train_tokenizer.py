@@ -10,7 +10,15 @@ import pytest
 from mlm_dist.data import train_tokenizer as command
 from mlm_dist.data.prepare import prepare
 from mlm_dist.data.shuffle import PrepareOptions
-from mlm_dist.data.train_tokenizer import SPECIAL_TOKENS, make_tokenizer, save, source_documents, train_vocabulary
+from mlm_dist.data.sources import find_sources
+from mlm_dist.data.train_tokenizer import (
+    SPECIAL_TOKENS,
+    make_tokenizer,
+    manifest_documents,
+    save,
+    source_documents,
+    train_vocabulary,
+)
 from mlm_dist.errors import UserError
 
 SIZE = 700
@@ -59,7 +67,7 @@ def test_reloads_with_its_length_and_special_tokens(tmp_path: Path, capsys: pyte
 
 
 def test_case_and_accents(text: Path, tmp_path: Path) -> None:
-    documents = source_documents([str(text)], [], "text", None)
+    documents = source_documents(find_sources([str(text)]))
     for lowercase in (True, False):
         vocabulary = train_vocabulary(documents, 200, lowercase=lowercase)
         tokenizer = make_tokenizer(vocabulary, lowercase=lowercase)
@@ -76,8 +84,7 @@ def test_the_same_in_every_process_and_from_shards(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from mlm_dist.data.train_tokenizer import *\n"
         "builtin, manifest = sys.argv[1:]\n"
-        "manifest = Path(manifest) if manifest else None\n"
-        "documents = source_documents([], [builtin] if builtin else [], 'text', manifest)\n"
+        "documents = manifest_documents(manifest) if manifest else source_documents(find_sources([], [builtin]))\n"
         "print(sorted(train_vocabulary(documents, 2048).items()))"
     )
     outputs = [
@@ -99,14 +106,14 @@ def test_small_alphabets_leave_out_the_rarest() -> None:
 
 
 def test_what_is_refused(text: Path, tmp_path: Path) -> None:
-    documents = source_documents([str(text)], [], "text", None)
+    documents = source_documents(find_sources([str(text)]))
     with pytest.raises(UserError, match="--vocab-size is 20; it must be at least 69"):
         train_vocabulary(documents, 20)
     with pytest.raises(UserError, match="no text"):
         train_vocabulary(lambda: iter(["  \n"]), 1000)
-    for inputs, manifest in (([], None), ([str(text)], tmp_path / "manifest.json")):
+    for arguments in ([], [text, "--manifest", tmp_path / "manifest.json"]):
         with pytest.raises(UserError, match="give either"):
-            source_documents(inputs, [], "text", manifest)
+            run(*arguments, "--vocab-size", 100, "--output", tmp_path)
 
 
 def test_a_damaged_shard_is_named(text: Path, tmp_path: Path) -> None:
@@ -115,8 +122,8 @@ def test_a_damaged_shard_is_named(text: Path, tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00000\.tar: the block at byte 0 differs"):
-        list(source_documents([], [], "text", tmp_path / "manifest.json")())
+    with pytest.raises(UserError, match=r"train-00000\.tar: the block at byte 0 cannot be read"):
+        list(manifest_documents(str(tmp_path / "manifest.json"))())
 
 
 def test_running_again(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
