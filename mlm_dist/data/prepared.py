@@ -112,7 +112,7 @@ def publish(manifests: dict[Side, Manifest], output: Path, directory: Path) -> N
     It can be cut off anywhere and begun again, since nothing is removed that a publication of the same data has put there.
     """
     for side, name in MANIFESTS.items():
-        if not _is_there(output / name, manifests.get(side)):
+        if (output / name).exists() and not _is_there(output / name, manifests.get(side)):
             (output / name).unlink(missing_ok=True)
     ours = {shard.path for manifest in manifests.values() for shard in manifest.shards}
     for path in list(output.iterdir()):
@@ -133,6 +133,7 @@ def publish(manifests: dict[Side, Manifest], output: Path, directory: Path) -> N
 
 
 def _is_there(path: Path, manifest: Manifest | None) -> bool:
+    """Whether the file is this manifest."""
     if manifest is None or not path.exists():
         return False
     try:

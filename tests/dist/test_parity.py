@@ -6,9 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from mlm_dist.config import load
-from mlm_dist.data.manifest import Manifest
-from mlm_dist.data.stream import open_stream
-from mlm_dist.data.tokenizer import load as load_tokenizer
+from mlm_dist.inputs import DataInputs
 from mlm_dist.model import bert
 from tests.e2e.program import Program, losses, save_config
 
@@ -20,19 +18,10 @@ def plain_loop(config_file: Path) -> dict[int, float]:
     from transformers import get_linear_schedule_with_warmup
 
     config = load(["--config", str(config_file)]).config
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    stream = open_stream(
-        config.data,
-        config.mask,
-        Manifest.read(config.data.manifest),
-        tokenizer,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.global_batch,
-        rank=0,
-        world_size=1,
-        epochs=None,
-    )
+    inputs = DataInputs(config)
+    tokenizer = inputs.tokenizer
+    stream = inputs.stream(rank=0, world_size=1)
+    stream.micro_batch = config.train.global_batch
     bert_config = bert.load_config(config.model, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
     model = bert.build(config.model, bert_config, seed=config.run.seed)
     decay = [p for n, p in model.named_parameters() if not n.endswith("bias") and "LayerNorm" not in n]
