@@ -11,6 +11,7 @@ from mlm_dist.data.block import BlockMaker
 from mlm_dist.data.losses import Losses
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
+from mlm_dist.data.members import TokenIds
 from mlm_dist.data.stream import SourceConfig, Stream, open_stream
 from mlm_dist.errors import UserError
 from mlm_dist.model import bert
@@ -74,11 +75,12 @@ class DataInputs:
         self.pretrained_tokenizer = tokenizers.load_pretrained(data.tokenizer)
         reference = tokenizers.from_pretrained(self.pretrained_tokenizer)
         for corpus in [*self.corpora, *([self.val_corpus] if self.val_corpus else [])]:
-            made_with = corpus.manifest.tokenizer
-            if made_with not in (None, reference.fingerprint):
+            made_with = corpus.manifest.token_ids
+            # Whole, not the fingerprint alone: a manifest from elsewhere must not say which ids are right.
+            if made_with not in (None, TokenIds.of(reference)):
                 raise UserError(
                     f"data.tokenizer: {data.tokenizer!r} (fingerprint {reference.fingerprint[:12]}) is not the one that {corpus.key} "
-                    f"{corpus.config.manifest!r} was tokenized with ({made_with[:12]}); give that one."
+                    f"{corpus.config.manifest!r} was tokenized with ({made_with.fingerprint[:12]}); give that one."
                 )
         config.mask.check_tokenizer(reference)
         self.tokenizer = self.reference = reference

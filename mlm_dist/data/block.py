@@ -94,8 +94,6 @@ class BlockMaker:
             documents, causes = self._documents(shard_index, index)
         except BlockError as error:
             return self.no_rows(), [replace(fault, whole=True, documents=int(shard.documents[index]), cause=str(error))]
-        if len(documents) >= int(shard.documents[index]):
-            causes = []  # the block is as it was when the manifest was made, which counts only what could be read and told of the rest
         key = (self.seed, epoch, str(self.source), shard.path, index)
         if self.shuffle:
             documents = [documents[i] for i in permutation(len(documents), *key, "order")]
@@ -135,7 +133,11 @@ class BlockMaker:
                     documents.append(document)
         except (StoreError, TarError, MemberError) as error:
             raise BlockError(str(error)) from error
-        return documents, causes
+        stated = int(self.manifest.shards[shard_index].documents[index])
+        if not len(documents) <= stated <= len(documents) + len(causes):
+            raise BlockError(f"it holds {len(documents)} documents, the manifest says {stated}")
+        # What the manifest does not count it told of when it was made; only what is missing beyond that is news.
+        return documents, causes[: stated - len(documents)]
 
     def _encode(self, documents: list[Document]) -> tuple[np.ndarray, np.ndarray]:
         """Content ids of texts and of documents that are ids already: (flat ids [T], int64 offsets [len(documents) + 1])."""

@@ -1,12 +1,11 @@
 """`mlm-dist index`: a manifest for archives that something else made."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mlm_dist import __version__
+from mlm_dist import __version__, sizes
 from mlm_dist.data.archive import PIPE, open_shard
 from mlm_dist.data.locate import find_archives
 from mlm_dist.data.losses import Losses
@@ -31,11 +30,11 @@ def auto_block_size(total: int) -> int:
 
 
 def parse_size(text: str) -> int:
-    """`4096`, `64KiB`, `256M`, `1GB`: bytes, all units binary."""
-    match = re.fullmatch(r"(\d+)\s*([kmg]?)(?:i?b)?", text.strip().lower())
-    if not match or int(match[1]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4096, 64KiB, 256MiB or 1GiB")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
+    """`sizes.parse_size` as argparse wants it."""
+    try:
+        return sizes.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def index(

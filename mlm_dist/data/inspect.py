@@ -25,6 +25,11 @@ def global_rows(streams: list[Stream], start: int, stop: int) -> Iterator[tuple[
     iterators = [stream.batches() for stream in streams]
     for step in range(stop):
         batches = [next(it) for it in iterators]
+        for fault in (fault for batch in batches for fault in batch.faults):
+            print(
+                f"lost {fault.documents} document(s) of {fault.shard} at byte {fault.offset}: {fault.cause}",
+                file=sys.stderr,
+            )
         live = np.concatenate([b.live for b in batches])
         if not live.any():
             return

@@ -105,7 +105,10 @@ class Manifest:
     def text_field(self) -> str | None:
         """The field of JSON members that was counted as text, where ``index`` made the manifest; else None."""
         options = self.info.get("options")
-        return options.get("field") if self.info.get("tool") == "mlm-dist index" and isinstance(options, dict) else None
+        field = (
+            options.get("field") if self.info.get("tool") == "mlm-dist index" and isinstance(options, dict) else None
+        )
+        return field if isinstance(field, str) else None
 
     def shard_path(self, i: int) -> Path:
         """Where shard `i` of a local data set lies."""

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -143,7 +144,9 @@ def _check_path(path: str) -> None:
         wrong = not path[len(PIPE) :].strip()
     elif not wrong:
         parts = PurePosixPath(path).parts
-        wrong = not parts or path.startswith("/") or ".." in parts or is_url(path)
+        wrong = not parts or path.startswith("/") or is_url(path)
+        # Also as a server or a store would read it.
+        wrong = wrong or ".." in parts or ".." in PurePosixPath(unquote(path)).parts
     if wrong:
         raise UserError(
             f"the shard path {path!r:.200} is wrong: it must be relative to the manifest's directory and below it, or pipe:COMMAND"

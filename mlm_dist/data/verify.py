@@ -193,7 +193,7 @@ def _line(problem: Problem) -> str:
 
 def _summary(manifest: Manifest, problems: list[Problem], lost: int) -> dict[str, Any]:
     return {
-        "root": str(manifest.root),
+        "root": str(manifest.root).partition("?")[0],  # what follows may be a signature
         "fingerprint": manifest.fingerprint,
         "shards": len(manifest.shards),
         "blocks": manifest.num_blocks,

@@ -67,7 +67,8 @@ class Cache:
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) and any(self._files()):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full and self.directory.is_dir() and any(self._files()):
                 return  # filled by an earlier attempt: what is there can still be read
             raise UserError(
                 f"data.cache_dir: {str(self.directory)!r} cannot be written ({error.strerror}); give a directory of your own on a "
@@ -89,7 +90,8 @@ class Cache:
             if length or zlib.crc32(data) != crc32:
                 return None
             if time.time() - os.fstat(fd).st_mtime > RECOUNT_SECONDS:
-                os.utime(fd)
+                with suppress(OSError):  # a read-only disk, another user's file: it is right all the same
+                    os.utime(fd)
             return data
         except OSError:
             return None

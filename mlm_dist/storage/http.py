@@ -210,9 +210,9 @@ def _quote(path: str, safe: str) -> str:
 def _content_range(response: Any) -> tuple[int, int, int | None]:
     """(first byte, last byte, size of the object or None) of a response with status 206 or 416."""
     text = response.headers.get("Content-Range", "")
-    if found := re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", text.strip()):
+    if found := re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", text.strip()):
         return int(found[1]), int(found[2]), None if found[3] == "*" else int(found[3])
-    if found := re.fullmatch(r"bytes \*/(\d+)", text.strip()):
+    if found := re.fullmatch(r"bytes \*/(\d{1,19})", text.strip()):
         return 0, -1, int(found[1])
     raise Failed(f"cannot be read: HTTP {response.status} with Content-Range {text[:60]!r}")
 

@@ -44,15 +44,18 @@ class PipeReader:
         from webdataset.gopen import Pipe
 
         # A session of its own, so that a whole pipeline can be killed; no standard input, which is the run's.
-        pipe = Pipe(
-            path.removeprefix(PIPE),
-            mode="rb",
-            shell=True,
-            bufsize=0,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            timeout=self.timeout,
-        )
+        try:
+            pipe = Pipe(
+                path.removeprefix(PIPE),
+                mode="rb",
+                shell=True,
+                bufsize=0,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                timeout=self.timeout,
+            )
+        except OSError as error:  # too long, or no process to be had
+            raise Failed(f"the command cannot be started: {error.strerror}") from error
         clean = False
         try:
             clean = yield from self._output(pipe, end)

@@ -92,7 +92,7 @@ class LocalReader:
         parts = []
         try:
             file = self._open(path)
-            while length > 0 and (part := os.pread(file.fd, length, offset)):
+            while length > 0 and (part := os.pread(file.fd, min(length, SPAN), offset)):
                 parts.append(part)
                 offset, length = offset + len(part), length - len(part)
         except OSError as error:

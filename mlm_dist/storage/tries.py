@@ -39,7 +39,7 @@ class Tries:
             raise StoreError(f"{error}{told}") from error
         delay = self.wait * min(2 ** (self.made - 1), MAX_WAIT / WAIT)
         # Up to a quarter less, other for each process and shard: not all of a cluster shall come back at the same moment.
-        delay *= 1 - zlib.crc32(f"{os.getpid()} {self.path} {self.made}".encode()) / 2**34
+        delay *= 1 - zlib.crc32(f"{os.getpid()} {self.path} {self.made}".encode(errors="surrogateescape")) / 2**34
         time.sleep(max(delay, error.wait * self.wait / WAIT))
 
 
