@@ -118,7 +118,7 @@ class Config:
         """What a run directory is tied to: the identity keys, and the fingerprints of the data (``DataInputs.fingerprints``) and the tokenizer."""
         flat = self.flat()
         return {key: flat[key] for line in IDENTITY for key in line.split()} | {
-            "data.manifest": data,
+            ("data.sources" if isinstance(data, dict) else "data.manifest"): data,
             "data.tokenizer": tokenizer,
         }
 

@@ -93,6 +93,10 @@ class Feeder:
 
     def _run(self) -> None:
         try:
+            if self._copies is not None:
+                # A new thread stands on device 0, where it would make a context of its own for every rank of the node.
+                torch.cuda.set_device(self._device)
+                torch.set_num_threads(1)
             while not self._closed.is_set():
                 self._put(self._prepare(next(self._batches)))
         except BaseException as error:  # the loop raises it, in its own thread

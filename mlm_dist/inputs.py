@@ -42,9 +42,6 @@ class Corpus:
 class DataInputs:
     """Manifests and tokenizer of a config, and the streams that they give.
 
-    Args:
-        is_first: whether this is rank 0, which alone looks whether remote shards are there.
-
     Attributes:
         notes: what the user should hear of at the start.
 
@@ -52,8 +49,8 @@ class DataInputs:
         UserError: something is missing, damaged or does not fit.
     """
 
-    def __init__(self, config: Config, is_first: bool = True):
-        self.config, self._is_first = config, is_first
+    def __init__(self, config: Config):
+        self.config = config
         self.notes: list[str] = []
         data = config.data
         self._cache = Cache(data.cache_dir, parse_size(data.cache_size)) if data.cache_dir else None
@@ -107,8 +104,7 @@ class DataInputs:
                 f"set it to {manifest.text_field}."
             )
         corpus = Corpus(key, replace(source, text_field=field), manifest, store)
-        # One rank asks an object store for its shards; thousands that do would be an attack.
-        if self._is_first or not store.remote:
+        if not store.remote:
             self._check(corpus)
         return corpus
 
@@ -124,6 +120,12 @@ class DataInputs:
             for corpus in self.corpora
             if corpus.manifest.losses != Losses()
         ]
+
+    def check_remote(self) -> None:
+        """Ask servers and stores whether the shards are there. For one rank, which tells the others: thousands that ask would be an attack."""
+        for corpus in [*self.corpora, *([self.val_corpus] if self.val_corpus else [])]:
+            if corpus.store.remote:
+                self._check(corpus)
 
     def _check(self, corpus: Corpus) -> None:
         """Hold what is missing of a corpus, now or since its manifest was made, against data.max_bad_fraction."""
@@ -180,15 +182,16 @@ class DataInputs:
         """What the training data is, for the run's identity: the manifest's fingerprint, or for several corpora those with their weights and rates."""
         if self.config.data.sources is None:
             return self.corpora[0].manifest.fingerprint
-        return [
-            {
-                "fingerprint": corpus.manifest.fingerprint,
-                "weight": corpus.config.weight,
-                "text_field": corpus.config.text_field,
-                "mask_rate": corpus.config.mask_rate,
-            }
-            for corpus in self.corpora
-        ]
+        return {
+            f"{key}[{i}]": value
+            for i, corpus in enumerate(self.corpora)
+            for key, value in (
+                ("manifest", corpus.manifest.fingerprint),
+                ("weight", corpus.config.weight),
+                ("text_field", corpus.config.text_field),
+                ("mask_rate", corpus.config.mask_rate),
+            )
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -242,12 +245,12 @@ class Inputs(DataInputs):
         UserError: something is missing, damaged or does not fit.
     """
 
-    def __init__(self, config: Config, world_size: int, is_first: bool):
+    def __init__(self, config: Config, world_size: int):
         if config.train.global_batch < world_size:
             raise UserError(
                 f"train.global_batch: {config.train.global_batch} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
             )
-        super().__init__(config, is_first)
+        super().__init__(config)
         self.ds_config = ds_config.merge(
             ds_config.load_template(config.deepspeed.config),
             precision=config.train.precision,

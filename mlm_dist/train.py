@@ -86,6 +86,7 @@ class Run:
 
     def _open_first(self) -> dict[str, Any]:
         config, path = self.config, self.dir.path
+        self.inputs.check_remote()
         self.dir.prepare()
         self.dir.acquire(self.flag)
         try:
@@ -148,7 +149,8 @@ class Run:
         """Model, engine and stream, as new or as the checkpoint ``path`` left them."""
         config, inputs = self.config, self.inputs
         # Tokenizers that agree give the same ids, but a rank alone with another one is a difference that nobody needs.
-        if 0 < self.control.sum([int(inputs.tokenizer.nano is not None)])[0] < self.topology.world_size:
+        fast = inputs.tokenizer.nano is not None
+        if self.control.sum([int(fast)])[0] < self.topology.world_size and fast:
             inputs.use_reference("nanotoken is not installed on every node")
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
@@ -478,8 +480,7 @@ class Run:
 def run(invocation: Invocation) -> int:
     """Train as this process's rank; returns the exit code. Raises UserError before anything was changed."""
     config = invocation.config
-    place = distributed.Topology.from_env()
-    inputs = Inputs(config, place.world_size, is_first=place.rank == 0)
+    inputs = Inputs(config, distributed.Topology.from_env().world_size)
     topology = distributed.init(config.train.timeout)
     control = distributed.ControlGroup(config.train.timeout)
     attempt = Run(invocation, inputs, topology, control)

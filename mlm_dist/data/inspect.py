@@ -116,6 +116,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             f"--world-size: {world_size} must be at least 1 and --workers: {config.data.workers} at least 0."
         )
     inputs = DataInputs(config)
+    inputs.check_remote()
     for note in inputs.notes:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = inputs.tokenizer

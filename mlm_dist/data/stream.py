@@ -38,7 +38,7 @@ class SourceConfig:
         mask_rate: masking rate of its rows, constant; null: mask.rate and its schedule.
     """
 
-    manifest: str
+    manifest: str = ""
     weight: float | None = None
     text_field: str | None = None
     mask_rate: float | None = None
@@ -209,7 +209,8 @@ class Stream:
     def __post_init__(self) -> None:
         sizes = [maker.sizes() for maker in self.makers]
         first = self.makers[0]
-        self.lanes = self.lanes or default_lanes(self.global_batch, sum(map(len, sizes)))
+        blocks = Order(sizes, 1, first.seed, self.weights, first.shuffle).count(0)
+        self.lanes = self.lanes or default_lanes(self.global_batch, blocks)
         self.order = Order(sizes, self.lanes, first.seed, self.weights, first.shuffle)
 
     @property

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from mlm_dist.storage.tries import StoreError
-
 THREADS = 8
 MAX_BLOCKS = 64
 MAX_BYTES = 64 << 20
@@ -66,10 +64,8 @@ class ReadAhead:
             return None
         try:
             return ordered.future.result()
-        except StoreError:
-            raise  # all its tries are made: to make them again would double the wait
         except Exception:
-            return None  # the caller's own attempt tells what it is
+            return None  # what could not be read then may be readable now, and if not, the caller hears why
 
     def _has_room(self, length: int) -> bool:
         if len(self._ordered) < MAX_BLOCKS and self._bytes + length <= MAX_BYTES:

@@ -452,7 +452,7 @@ def test_sizes() -> None:
         256 << 20,
         1 << 30,
     ]
-    for text in ("0", "-1", "1.5M", "big", "1T"):
+    for text in ("0", "-1", "1.5M", "big", "1P"):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_size(text)
     assert [auto_block_size(size) for size in (0, 1 << 20, 64 << 20, 100 << 20, 1 << 40)] == [

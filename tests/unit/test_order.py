@@ -155,12 +155,12 @@ def test_weights_are_shares_of_the_bytes() -> None:
     rng = np.random.Generator(np.random.PCG64(5))
     sizes = [rng.integers(1000, 9000, 400), rng.integers(30_000, 90_000, 50), rng.integers(500, 2000, 300)]
     order = Order(sizes, 4, 0, [2.0, 1.0, 1.0])
-    spent, blocks = np.zeros(3), [set(), set(), set()]
+    spent, blocks = np.zeros(3), [[], [], []]
     for epoch in range(6):
         places = [order.place(epoch, int(b)) for lane in lists(order, epoch) for b in lane]
         for place in places:
             spent[place.source] += order.size(place)
-            blocks[place.source].add((place.epoch, place.block))
+            blocks[place.source].append((place.epoch, place.block))
     assert spent.sum() == pytest.approx(6 * sum(s.sum() for s in sizes), rel=0.02)
     assert spent / spent.sum() == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
     assert all(len(b) == len({*b}) for b in blocks)

@@ -177,6 +177,7 @@ def test_any_ranks_workers_backend_messages_and_stop_give_the_same_batches(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
     fast, _ = choose_backend(tokenizer, "nano", [])
+    assert fast.nano is not None
     with tempfile.TemporaryDirectory() as directory:
         made = makers(case, Path(directory), tokenizer)
         monkeypatch.setattr(lanes, "MESSAGE_TOKENS", 256)
