@@ -1,5 +1,6 @@
 """The finished output of `mlm-dist prepare`: what describes it, how it is put in place and known again."""
 
+import json
 import os
 import re
 import uuid
@@ -119,8 +120,9 @@ def publish(manifests: dict[Side, Manifest], output: Path, directory: Path) -> N
         if _is_ours(path.name) and path.name not in ours:
             path.unlink(missing_ok=True)
     for name in sorted(ours):
-        with suppress(FileNotFoundError):  # it was moved before the cut, or by a part that no lock keeps out
-            os.replace(directory / name, output / name)
+        if (directory / name).exists():  # else it was moved before the cut
+            with suppress(FileNotFoundError):  # or right now, by a part that no lock keeps out
+                os.replace(directory / name, output / name)
     for manifest in manifests.values():
         manifest.check_files()
     for side in reversed(manifests):  # the main one last: it says that the run has finished
@@ -140,4 +142,5 @@ def _is_there(path: Path, manifest: Manifest | None) -> bool:
         found = Manifest.read(path)
     except UserError:
         return False
-    return found.fingerprint == manifest.fingerprint and found.info == manifest.info
+    # As JSON has it: a tuple that was written is read as a list.
+    return found.fingerprint == manifest.fingerprint and found.info == json.loads(json.dumps(manifest.info))
