@@ -53,8 +53,10 @@ class RunConsole:
         """The attempt starts at this share of the run."""
         self._progress_at_start, self._started = progress, time.monotonic()
 
-    def train(self, step: int, epoch: float, progress: float, loss: float, rate: float, lr: float) -> None:
-        """Show a logging step. ``rate`` is useful tokens per second over all ranks."""
+    def train(
+        self, step: int, epoch: float, progress: float, loss: float, rate: float, lr: float, mfu: float | None
+    ) -> None:
+        """Show a logging step. ``rate`` is useful tokens per second over all ranks, ``mfu`` in [0, 1] where it is known."""
         if self._bar:
             self._bar.update(self._task, completed=progress, epoch=epoch, step=step, loss=loss, rate=rate)
             return
@@ -62,6 +64,7 @@ class RunConsole:
         left = (time.monotonic() - self._started) * (1 - progress) / done if done > 0 else 0.0
         of = f"/{self.steps}" if self.steps else ""
         minutes, seconds = divmod(round(left), 60)
+        use = "" if mfu is None else f"  MFU {mfu:.1%}"
         self.say(
-            f"epoch {epoch:6.2f}  step {step}{of}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  left {minutes}:{seconds:02d}"
+            f"epoch {epoch:6.2f}  step {step}{of}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s{use}  left {minutes}:{seconds:02d}"
         )

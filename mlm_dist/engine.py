@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mlm_dist.clock import StepClock
 from mlm_dist.errors import UserError
 from mlm_dist.optim import STATE_KEYS, OptimConfig, build_adamw, param_groups
 
@@ -61,6 +62,7 @@ class Engine:
         device: torch.device,
         deterministic: bool = False,
         prefix: str = "model.",
+        clock: StepClock | None = None,
     ) -> None:
         """
         Args:
@@ -70,6 +72,7 @@ class Engine:
             device: where to train, as distributed.Topology.device.
             deterministic: make CUDA give the same bits each time, at a price in speed. CPU does so anyway.
             prefix: taken off the parameters' names.
+            clock: gets the time of the phases of each step.
 
         Raises:
             UserError: a setting of `optim` is not possible.
@@ -85,6 +88,7 @@ class Engine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.device = device
+        self.clock = clock or StepClock(device)
         self.world_size = dist.get_world_size()
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self._module = module.to(device)
@@ -134,14 +138,17 @@ class Engine:
         for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             torch.manual_seed(seed)
-            loss, correct = self._engine(**self._on_device(micro_batch))
+            with self.clock.phase("forward"):
+                loss, correct = self._engine(**self._on_device(micro_batch))
             # An infinite loss can have finite gradients. Made NaN here, without waiting for the device, they reach
             # every rank's norm.
             weight = torch.where(torch.isfinite(loss.detach()), scale, math.nan)
-            self._engine.backward(loss * weight, scale_wrt_gas=False)
+            with self.clock.phase("backward"):
+                self._engine.backward(loss * weight, scale_wrt_gas=False)
             losses.append(loss.detach())
             corrects.append(correct)
-        grad_norm, skipped = self._apply()
+        with self.clock.phase("optimizer"):
+            grad_norm, skipped = self._apply()
         return StepResult(
             loss_sum=torch.stack(losses).double().sum(),
             correct=torch.stack(corrects).sum(),

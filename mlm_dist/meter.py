@@ -1,27 +1,41 @@
-"""How fast it goes and how much memory it takes."""
+"""How fast a run goes, how much of its devices it uses, and how much memory it takes."""
 
 import contextlib
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from mlm_dist.clock import COMMUNICATION, StepClock
+
+PHASES = ("forward", "backward", "optimizer", COMMUNICATION)
+
 
 class Meter:
-    """Time between two logging steps: waiting for data, per step, and useful tokens per second. Pauses do not count."""
+    """Time and work between two logging steps. Pauses do not count.
 
-    def __init__(self, step: int, tokens: int):
-        self._step, self._tokens, self._wait = step, tokens, 0.0
-        self._since = self._mark = time.perf_counter()
+    Args:
+        clock: of this rank's phases.
+        flops: (tokens, attended pairs, selected tokens) to floating-point operations of training on them.
+        world_size: devices that share the work.
+        peak: FLOP/s of one device at best, or None where it is not known.
+    """
 
-    def wait_begins(self) -> None:
-        """The loop asks for data."""
-        self._mark = time.perf_counter()
+    def __init__(
+        self, clock: StepClock, flops: Callable[[int, int, int], float], *, world_size: int, peak: float | None
+    ):
+        self._clock, self._flops, self._world_size, self._peak = clock, flops, world_size, peak
+        self._since = time.perf_counter()
+        self._wait = 0.0
+        self._counts = [0, 0, 0, 0]  # steps, tokens, attended pairs, selected tokens
 
-    def wait_ends(self) -> None:
-        """The data is there."""
-        self._wait += time.perf_counter() - self._mark
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting for data."""
+        begun = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - begun
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -30,12 +44,33 @@ class Meter:
         yield
         self._since += time.perf_counter() - begun
 
-    def read(self, step: int, tokens: int) -> tuple[float, float, float]:
-        """(seconds waited for data per step, seconds per step, tokens per second) since the last call."""
-        now = time.perf_counter()
-        steps, span = max(1, step - self._step), max(1e-9, now - self._since)
-        out = self._wait / steps, span / steps, (tokens - self._tokens) / span
-        self._step, self._tokens, self._wait, self._since = step, tokens, 0.0, now
+    def count(self, tokens: int, attended: int, selected: int) -> None:
+        """A step was taken, over all ranks on so many tokens without padding, (query, key) pairs of them, and predicted tokens."""
+        for i, n in enumerate((1, tokens, attended, selected)):
+            self._counts[i] += n
+
+    def read(self) -> dict[str, float]:
+        """What happened since the last call; waits for the device once.
+
+        Returns:
+            tokens_per_s, over all ranks; step_time, and of it this rank's data_wait and ``time_PHASE``, in seconds per
+            step; tflops, useful TFLOP/s of one device (no padding, nothing that is computed again); mfu, its share of
+            the peak, where that is known.
+        """
+        phases = self._clock.read()
+        span = max(1e-9, time.perf_counter() - self._since)
+        steps, tokens, attended, selected = self._counts
+        rate = self._flops(tokens, attended, selected) / span / self._world_size
+        out = {
+            "tokens_per_s": tokens / span,
+            "step_time": span / max(1, steps),
+            "data_wait": self._wait / max(1, steps),
+            **{f"time_{phase}": phases.get(phase, 0.0) / max(1, steps) for phase in PHASES},
+            "tflops": rate / 1e12,
+        }
+        if self._peak is not None:
+            out["mfu"] = rate / self._peak
+        self._since, self._wait, self._counts = time.perf_counter(), 0.0, [0, 0, 0, 0]
         return out
 
 

@@ -30,11 +30,14 @@ class TrackConfig:
         wandb: auto is online where a login is found (WANDB_MODE wins), else offline.
         every: steps between two logged training steps.
         project: the W&B project; WANDB_PROJECT wins.
+        peak_tflops: dense peak of one device in TFLOP/s, which MFU is a share of; null takes it from a table of common
+            GPUs (mlm_dist/hardware.py), and where that has none, MFU is left out.
     """
 
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
     every: int = 10
     project: str = "mlm_dist"
+    peak_tflops: float | None = None
 
     def check(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -42,6 +45,10 @@ class TrackConfig:
             raise UserError(f"track.every: {self.every} must be at least 1 step.")
         if not self.project:
             raise UserError("track.project: '' must name a W&B project, such as mlm_dist.")
+        if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
+            raise UserError(
+                f"track.peak_tflops: {self.peak_tflops} must be the device's dense peak in TFLOP/s, such as 989 for an H100, or null."
+            )
 
 
 class JsonLines:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mlm_dist import checkpoint, distributed, evaluate
+from mlm_dist.clock import COMMUNICATION, StepClock, timed_collectives
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
 from mlm_dist.data.rng import keyed_seed
@@ -24,6 +26,7 @@ from mlm_dist.data.stream import Batch
 from mlm_dist.engine import Engine
 from mlm_dist.errors import UserError
 from mlm_dist.feed import Feeder
+from mlm_dist.hardware import dense_peak
 from mlm_dist.inputs import Inputs
 from mlm_dist.ledger import DataLoss, Ledger
 from mlm_dist.lifecycle import (
@@ -61,6 +64,7 @@ class Run:
         self.is_first = topology.rank == 0
         self.console = RunConsole(self.config.train.steps, self.is_first)
         self.flag = StopFlag()
+        self.clock = StepClock(topology.device)
         self.tracker: Tracker | None = None
         self.step = self.tokens = self.bytes = self.skipped = 0
         self.saved_step: int | None = None
@@ -166,6 +170,7 @@ class Run:
             optim=config.optim,
             device=self.topology.device,
             deterministic=config.train.deterministic,
+            clock=self.clock,
         )
         self.cursors = self.stream.start_cursors()
         self.wandb_id = None
@@ -238,16 +243,28 @@ class Run:
     def train(self) -> str:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
         config = self.config
-        meter = Meter(self.step, self.tokens)
         self.console.begin(self.progress())
         if config.train.steps is not None and self.step >= config.train.steps:
             return self._end("finished")
+        meter = self._meter()
         batches = self.stream.batches(self.step, self.cursors, self.lost)
-        with Feeder(batches, self.stream.collate, self.topology.device) as feeder:
+        with Feeder(batches, self.stream.collate, self.topology.device) as feeder, timed_collectives(self.clock):
             outcome, unlogged = self._steps(feeder, meter)
         if unlogged is not None:
             self._log(*unlogged, meter)
         return self._end(outcome)
+
+    def _meter(self) -> Meter:
+        config, bert_config, device = self.config, self.inputs.bert_config, self.topology.device
+
+        def flops(tokens: int, attended: int, selected: int) -> float:
+            seen, predicted = attended / max(1, tokens), selected / max(1, tokens)
+            return tokens * bert.flops_per_token(bert_config, attended=seen, selected=predicted)
+
+        peak = config.track.peak_tflops and config.track.peak_tflops * 1e12
+        if peak is None and device.type == "cuda":
+            peak = dense_peak(torch.cuda.get_device_name(device), config.train.precision)
+        return Meter(self.clock, flops, world_size=self.topology.world_size, peak=peak)
 
     def _steps(self, feeder: Feeder, meter: Meter) -> tuple[str, tuple[Any, int, float] | None]:
         """Steps until the end or a stop: (how it ended, what of the last step is not logged yet)."""
@@ -255,11 +272,12 @@ class Run:
         not_finite = 0
         unlogged: tuple[Any, int, float] | None = None
         while True:
-            meter.wait_begins()
-            batch, micro_batches = next(feeder)
+            with meter.waiting():
+                batch, micro_batches = next(feeder)
             mine = [
                 batch.selected,
                 batch.tokens,
+                batch.attended,
                 batch.bytes,
                 int(batch.live.sum()),
                 int(self.flag.wanted),
@@ -267,8 +285,8 @@ class Run:
                 len(batch.faults),
             ]
             pending = self.control.start(mine)
-            selected, tokens, batch_bytes, live, stop, requeue, faults = pending.wait()
-            meter.wait_ends()
+            with self.clock.phase(COMMUNICATION):  # slower ranks are waited for here
+                selected, tokens, attended, batch_bytes, live, stop, requeue, faults = pending.wait()
             if faults:
                 self._record_faults(batch)
             if not live:
@@ -288,6 +306,7 @@ class Run:
             not_finite = not_finite + 1 if result is not None and result.skipped else 0
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
             self.cursors = batch.cursors
+            meter.count(tokens, attended, selected)
             if result is None or result.skipped:
                 self._record_skip("no token was selected" if result is None else "loss or gradient is not finite")
             if not_finite >= config.train.max_skipped:
@@ -344,7 +363,7 @@ class Run:
     def _log(self, result: Any, selected: int, lr: float, meter: Meter) -> None:
         mine = (0.0, 0) if result is None else (float(result.loss_sum), int(result.correct))
         parts = self.control.gather(mine)
-        wait, step_time, rate = meter.read(self.step, self.tokens)
+        speed = meter.read()
         if parts is None or self.tracker is None:
             return
         loss = math.fsum(p[0] for p in parts) / selected if selected else math.nan
@@ -359,9 +378,7 @@ class Run:
             "lr": lr,
             "grad_norm": None if result is None else float(result.grad_norm),
             "tokens": self.tokens,
-            "tokens_per_s": rate,
-            "data_wait": wait,
-            "step_time": step_time,
+            **speed,
             "epoch": epoch,
             "progress": progress,
             "memory_gib": peak_memory_gib(self.topology.device),
@@ -370,7 +387,7 @@ class Run:
         }
         self.tracker.log({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         self.dir.status("running", self.step)
-        self.console.train(self.step, epoch, progress, loss, rate, lr)
+        self.console.train(self.step, epoch, progress, loss, speed["tokens_per_s"], lr, speed.get("mfu"))
 
     def validate(self) -> None:
         """Measure the validation set, if there is one, and log it."""

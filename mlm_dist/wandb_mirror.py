@@ -31,7 +31,7 @@ _MODES: dict[str, Mode] = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
-_PERF = ("tokens_per_s", "data_wait", "step_time", "memory_gib", "mfu", "world_size", "attempt")
+_PERF = ("tokens_per_s", "data_wait", "step_time", "tflops", "mfu", "memory_gib", "world_size", "attempt")
 _INIT_TIMEOUT = 30.0  # seconds; wandb's own is 90, too long to wait on a node without a network
 _FLUSH_INTERVAL = 1.0  # seconds between writes of the offline file
 _QUEUE_ROWS = 100_000
@@ -78,7 +78,7 @@ def to_row(record: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in record.items():
         if key in ("step", "kind", "time") or value is None:
             continue
-        if key in _PERF:
+        if key in _PERF or key.startswith("time_"):
             if record["kind"] == "train":
                 row[f"perf/{key}"] = value
         else:

@@ -47,6 +47,15 @@ class Rows:
         ids[np.repeat(_starts(self.lengths), self.selected) + self.positions] = self.labels
         return ids
 
+    def real_lengths(self, pad_id: int) -> np.ndarray:
+        """Tokens of each segment that are no [PAD], int64 [G]."""
+        lengths = self.segment_lengths.astype(np.int64)
+        pads = self.ids == pad_id
+        if not pads.any():
+            return lengths
+        segment = np.repeat(np.arange(len(lengths)), lengths)
+        return lengths - np.bincount(segment[pads], minlength=len(lengths))
+
     def take(self, index: np.ndarray) -> "Rows":
         """The rows ``index`` (int64 [K]) in that order."""
         token = ranges(_starts(self.lengths)[index], self.lengths[index])

@@ -164,6 +164,7 @@ class Batch:
         index: int64 [R], the rows' numbers in the run.
         live: bool [R].
         selected, tokens, bytes: of its live rows: labels, real tokens, corpus bytes.
+        attended: (query, key) pairs of real tokens that see each other: the sum of their segments' squared lengths.
         cursors: int64 [lanes, 3] after this batch; only the rank's own lanes move.
         faults: what was lost on the way here.
         micro_batches: how many micro-batches every rank takes in this step.
@@ -175,6 +176,7 @@ class Batch:
     live: np.ndarray
     selected: int
     tokens: int
+    attended: int
     bytes: int
     cursors: np.ndarray
     faults: list[DataFault]
@@ -269,15 +271,16 @@ class Stream:
             # Rows are in order, so a lane's last cursor is the one that stays.
             cursors = cursors.copy()
             cursors[mine.index % self.order.lanes] = mine.cursors
-            # Rows that are not live hold two tokens and no label.
-            real = np.count_nonzero(mine.rows.ids != self.tokenizer.pad_id) - 2 * np.count_nonzero(~mine.live)
+            # Rows that are not live are one segment of two tokens without a label.
+            real, dead = mine.rows.real_lengths(self.tokenizer.pad_id), int(np.count_nonzero(~mine.live))
             yield Batch(
                 step=step,
                 rows=mine.rows,
                 index=mine.index,
                 live=mine.live,
                 selected=int(mine.rows.selected.sum()),
-                tokens=int(real),
+                tokens=int(real.sum()) - 2 * dead,
+                attended=int((real**2).sum()) - 4 * dead,
                 bytes=int(mine.bytes.sum()),
                 cursors=cursors,
                 faults=[fault for _, fault in mine.faults],

@@ -395,3 +395,26 @@ def test_what_the_manifest_told_of_is_no_news(tmp_path: Path, tokenizer: TextTok
     assert manifest.num_documents == 2 and manifest.losses.documents == 1
     rows, faults = maker(manifest, tokenizer, packing="none").rows(0, 0, steps)
     assert len(rows) == 2 and faults == []
+
+
+@pytest.mark.parametrize("labels", ["masked", "all_with_padding"])
+def test_work_is_counted_without_padding_and_ended_lanes(
+    corpus: Manifest, tokenizer: TextTokenizer, labels: str
+) -> None:
+    packing = "none" if labels == "all_with_padding" else "best_fit"
+    mask = MaskConfig(labels=labels)
+    made = maker(corpus, tokenizer, packing=packing, mask=mask)
+    stream = Stream([made], global_batch=8, micro_batch=8, lanes=8, epochs=1)
+    checked = ended = 0
+    for batch in stream.batches():
+        if not batch.live.any():
+            break
+        tokens = attended = 0
+        for row in np.flatnonzero(batch.live):
+            one, start = batch.rows.take(np.array([row])), 0
+            for length in one.segment_lengths:
+                real = int((one.ids[start : start + length] != tokenizer.pad_id).sum())
+                tokens, attended, start = tokens + real, attended + real**2, start + int(length)
+        assert (batch.tokens, batch.attended) == (tokens, attended)
+        checked, ended = checked + 1, ended + int((~batch.live).sum())
+    assert checked > 5 and ended

@@ -1,0 +1,132 @@
+"""Where the time of a step goes: forward, backward, optimizer, communication, without waiting for the device but when it is read."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+COMMUNICATION = "communication"
+# Of deepspeed.comm's back end: what moves data between ranks.
+_COLLECTIVES = (
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "broadcast",
+    "inference_all_reduce",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
+
+
+class StepClock:
+    """Adds up time by phase. A phase inside another is taken out of the outer one.
+
+    On CPU it is the host's time. On CUDA events mark the stream, so nothing is waited for until ``read``; what runs on
+    another stream than the outer phase's goes on beside it, and is counted but not taken out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._open: list[tuple[str, Any]] = []  # (phase, its stream)
+        self._since: Any = None
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._pool: list[torch.cuda.Event] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens inside counts as ``name``."""
+        stream = torch.cuda.current_stream(self._device) if self._cuda else None
+        if self._open and self._open[-1][1] != stream:
+            begun = self._now()
+            yield
+            self._spans.append((name, begun, self._now()))
+            return
+        self._switch()
+        self._open.append((name, stream))
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last call, in which no phase may be open. Waits for the device."""
+        assert not self._open
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        out: dict[str, float] = defaultdict(float)
+        for name, begun, ended in self._spans:
+            out[name] += begun.elapsed_time(ended) / 1e3 if self._cuda else ended - begun
+            if self._cuda:
+                self._pool += [begun, ended]
+        self._spans, self._since = [], None
+        return dict(out)
+
+    def _switch(self) -> None:
+        """The end of what has run since the last switch, and the beginning of what comes."""
+        # An event ends one span and another begins the next: each goes back to the pool once.
+        if self._open:
+            self._spans.append((self._open[-1][0], self._since, self._now()))
+        self._since = self._now()
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+class _Work:
+    """An asynchronous collective whose wait counts as communication."""
+
+    def __init__(self, work: Any, clock: StepClock) -> None:
+        self._work, self._clock = work, clock
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.phase(COMMUNICATION):
+            return self._work.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+class _TimedBackend:
+    """deepspeed.comm's back end with its collectives timed."""
+
+    def __init__(self, backend: Any, clock: StepClock) -> None:
+        self.backend, self._clock = backend, clock
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.backend, name)
+        if name not in _COLLECTIVES:
+            return value
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._clock.phase(COMMUNICATION):
+                work = value(*args, **kwargs)
+            return _Work(work, self._clock) if hasattr(work, "wait") else work
+
+        return timed
+
+
+@contextmanager
+def timed_collectives(clock: StepClock) -> Iterator[None]:
+    """Inside, what DeepSpeed sends between ranks counts as communication. It has no hook for that which does not also wait for the device."""
+    from deepspeed.comm import comm
+
+    plain = comm.cdb
+    comm.cdb = _TimedBackend(plain, clock)
+    try:
+        yield
+    finally:
+        comm.cdb = plain
