@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 COMMUNICATION = "communication"
+PHASES = ("forward", "backward", "optimizer", COMMUNICATION)
 # Of deepspeed.comm's back end: what moves data between ranks.
 _COLLECTIVES = (
     "all_gather",

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mlm_dist.clock import COMMUNICATION, StepClock
-
-PHASES = ("forward", "backward", "optimizer", COMMUNICATION)
+from mlm_dist.clock import PHASES, StepClock
 
 
 class Meter:

@@ -122,6 +122,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     speeds = series(run.train, "tokens_per_s")[1]
     if speeds:
         facts.append(("Median throughput", f"{short(statistics.median(speeds))} useful tokens/s"))
+    uses = series(run.train, "mfu")[1]
+    if uses:
+        facts.append(("Median MFU", f"{statistics.median(uses):.1%} of the devices' dense peak, over useful tokens"))
+    if shares := _shares_of_a_step(run.train):
+        facts.append(("A step's time", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
     if last_train.get("skipped"):  # a count since the start of the run
         facts.append(("Skipped steps", str(int(last_train["skipped"]))))
     times = [r["time"] for r in (*run.train, *run.val) if r.get("time") is not None]
@@ -133,6 +138,18 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if isinstance(packages, dict) and packages:
         facts.append(("Software", ", ".join(f"{k} {v}" for k, v in packages.items())))
     return facts
+
+
+def _shares_of_a_step(train: Sequence[Record]) -> dict[str, float]:
+    """Share of the step time by what rank 0 did in it, largest first; medians over the records that have it."""
+    timed = [r for r in train if r.get("step_time") and r.get("data_wait") is not None]
+    names = {"data_wait": "waiting for data"} | {
+        k: k.removeprefix("time_") for r in timed for k in r if k.startswith("time_")
+    }
+    shares = {
+        name: statistics.median(r.get(key, 0.0) / r["step_time"] for r in timed) for key, name in names.items() if timed
+    }
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def _rest(event: Record) -> str:

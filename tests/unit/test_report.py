@@ -179,3 +179,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed == [tmp_path / "o" / "report.png", tmp_path / "o" / "report.html"] and all(
         p.is_file() for p in printed
     )
+
+
+def test_speed_is_told_by_what_a_step_is_spent_on(tmp_path: Path) -> None:
+    spent = {"step_time": 2.0, "data_wait": 0.1, "time_forward": 0.5, "time_backward": 1.0, "time_communication": 0.2}
+    records = [step(n, mfu=0.5, **spent) for n in (10, 20)] + [step(30)]
+    facts = dict(report_module._facts(load(write_run(tmp_path / "run", records))))
+    assert facts["A step's time"] == "backward 50%, forward 25%, communication 10%, waiting for data 5%"
+    assert facts["Median MFU"].startswith("50.0%")
