@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlm_dist.cli import main
 from mlm_dist.data import builtin
-from mlm_dist.data.extend_tokenizer import choose_words, count_words, read_extension
+from mlm_dist.data.extend_tokenizer import check_base, choose_words, count_words, read_extension, with_words
 from mlm_dist.data.tokenizer import PROBES, choose_backend, from_pretrained
 from mlm_dist.errors import UserError
 from tests.corpora import SPECIAL, save_corpus, save_tokenizer
@@ -145,9 +145,9 @@ def test_the_same_bytes_whatever_the_order_and_the_base_s_place(made: Path, tmp_
     assert state(tmp_path / "again") == state(made / "extended")
 
 
-def tokenizer_of(tokens: list[str]) -> PreTrainedTokenizerFast:
+def tokenizer_of(tokens: list[str], lowercase: bool = True) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordPiece({t: i for i, t in enumerate([*SPECIAL, *tokens])}, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
@@ -163,6 +163,14 @@ def test_a_word_that_would_make_another_unknown_is_passed_over() -> None:
     assert choose_words(base, counts, count=9, min_frequency=2) == (["dd"], 13)
     known = count_words(from_pretrained(base), ["ab ab ab ad dd dd"])
     assert choose_words(base, known, count=1, min_frequency=1) == (["ab"], 9)
+
+
+def test_case_is_kept_where_the_base_keeps_it() -> None:
+    base = tokenizer_of(["a", "A", "##b", "##ö", "##o"], lowercase=False)
+    check_base(base, "x")
+    words, _ = choose_words(base, count_words(from_pretrained(base), ["Ab Ab aö ab ab ab"]), count=9, min_frequency=1)
+    assert words == ["ab", "Ab", "aö"]
+    assert with_words(base, words).tokenize("ab Ab aö ao") == ["ab", "Ab", "aö", "a", "##o"]
 
 
 def test_a_corpus_with_less_to_offer_gives_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
