@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": ("mlm_dist.data.prepare", "text files to shuffled shards, manifest and validation split"),
     "index": ("mlm_dist.data.index", "manifest for tars that were made elsewhere"),
     "tokenizer": ("mlm_dist.data.train_tokenizer", "train a WordPiece vocabulary"),
+    "tokenizer extend": ("mlm_dist.data.extend_tokenizer", "add the frequent words of a corpus to a vocabulary"),
     "data": ("mlm_dist.data.inspect", "hash: digest of every global batch; show: rows decoded"),
     "train": ("mlm_dist.train", "train as one rank (mlm-launch starts several)"),
     "export": ("mlm_dist.export", "stock BERT weights, tokenizer and model card"),
@@ -38,6 +39,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A UserError is printed as one message and gives 2."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(words[:2]) in COMMANDS:
+        words[:2] = [" ".join(words[:2])]
     try:
         if words[:1] == ["train"]:
             return int(importlib.import_module("mlm_dist.train").main(words[1:]))

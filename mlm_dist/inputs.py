@@ -8,6 +8,7 @@ from mlm_dist import ds_config
 from mlm_dist.config import Config
 from mlm_dist.data import tokenizer as tokenizers
 from mlm_dist.data.block import BlockMaker
+from mlm_dist.data.extend_tokenizer import read_extension
 from mlm_dist.data.losses import Losses
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
@@ -260,5 +261,20 @@ class Inputs(DataInputs):
         self.bert_config = bert.load_config(
             config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
         )
-        bert.check_vocabulary(config.model, self.pretrained_tokenizer.get_vocab())
-        bert.check_fit(self.bert_config, vocab_size=self.tokenizer.vocab_size, seq_len=config.data.seq_len)
+        vocabulary, vocab_size = self.pretrained_tokenizer.get_vocab(), self.tokenizer.vocab_size
+        self.new_tokens = None
+        if extension := read_extension(config.data.tokenizer, self.pretrained_tokenizer):
+            self.new_tokens = bert.find_new_tokens(
+                config.model, self.bert_config.vocab_size, extension.base_size, list(extension.words.values())
+            )
+        if self.new_tokens:
+            vocab_size = self.new_tokens.first
+            vocabulary = {token: index for token, index in vocabulary.items() if index < vocab_size}
+        bert.check_vocabulary(config.model, vocabulary)
+        bert.check_fit(self.bert_config, vocab_size=vocab_size, seq_len=config.data.seq_len)
+        if self.new_tokens:
+            self.bert_config.vocab_size = self.new_tokens.rows(self.bert_config.vocab_size)
+            self.notes.append(
+                f"data.tokenizer has {len(self.new_tokens.pieces):,} words more than {config.model.name_or_path}; their embeddings begin as the means "
+                "of their pieces'"
+            )

@@ -162,7 +162,7 @@ class Run:
         if path is not None and section.init == "pretrained":
             # The checkpoint holds every weight; those that the model started from need not be read.
             section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
-        model = bert.build(section, inputs.bert_config, seed=config.run.seed)
+        model = bert.build(section, inputs.bert_config, seed=config.run.seed, new_tokens=inputs.new_tokens)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.engine = Engine(
             MaskedLM(model, attention=config.model.attention),

@@ -94,8 +94,8 @@ class TextTokenizer:
         return self.backend.id_to_token(int(token_id)) or f"<{token_id}>"
 
 
-def load_pretrained(name_or_path: str) -> "PreTrainedTokenizerFast":
-    """The transformers fast tokenizer of a local directory or a hub name.
+def load_pretrained(name_or_path: str, *, key: str = "data.tokenizer") -> "PreTrainedTokenizerFast":
+    """The transformers fast tokenizer of a local directory or a hub name, which the key or flag `key` gave.
 
     Raises:
         UserError: it cannot be loaded, has no fast form, or lacks one of [CLS] [SEP] [PAD] [MASK] [UNK].
@@ -106,23 +106,21 @@ def load_pretrained(name_or_path: str) -> "PreTrainedTokenizerFast":
     path = Path(name_or_path).expanduser()
     if looks_local and not path.is_dir():
         raise UserError(
-            f"data.tokenizer: {name_or_path!r} is not a directory. Give a directory in transformers' format (mlm-dist tokenizer makes one) or a hub name."
+            f"{key}: {name_or_path!r} is not a directory. Give a directory in transformers' format (mlm-dist tokenizer makes one) or a hub name."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, use_fast=True)
     except Exception as error:
         raise UserError(
-            f"data.tokenizer: {name_or_path!r} could not be loaded ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            f"{key}: {name_or_path!r} could not be loaded ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
             "Give a directory in transformers' format (mlm-dist tokenizer makes one) or a hub name that this machine can reach or has cached."
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(
-            f"data.tokenizer: {name_or_path!r} has no fast (tokenizers) form; give one with a tokenizer.json."
-        )
+        raise UserError(f"{key}: {name_or_path!r} has no fast (tokenizers) form; give one with a tokenizer.json.")
     missing = [n for n in ("cls", "sep", "pad", "mask", "unk") if getattr(tokenizer, f"{n}_token_id") is None]
     if missing:
         raise UserError(
-            f"data.tokenizer: {name_or_path!r} has no {', '.join(missing)} token; a BERT tokenizer has all of cls, sep, pad, mask, unk."
+            f"{key}: {name_or_path!r} has no {', '.join(missing)} token; a BERT tokenizer has all of cls, sep, pad, mask, unk."
         )
     return tokenizer
 

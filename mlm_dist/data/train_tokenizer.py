@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,8 +143,20 @@ def _manifest_documents(manifest: Manifest, store: Store, field: str) -> Iterato
                 raise UserError(f"shard {where}: the block at byte {offset} cannot be read: {error}") from error
 
 
-def save(tokenizer: "PreTrainedTokenizerFast", output: Path, *, overwrite: bool = False) -> bool:
+def save(
+    tokenizer: "PreTrainedTokenizerFast",
+    output: Path,
+    *,
+    more: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> bool:
     """Save a tokenizer for `AutoTokenizer.from_pretrained` and check that it comes back the same.
+
+    Args:
+        tokenizer: The tokenizer.
+        output: The directory.
+        more: Further files, name -> text, that belong to it.
+        overwrite: Replace another tokenizer that is there.
 
     Returns:
         Whether files were written; False when the same ones were there.
@@ -158,6 +170,8 @@ def save(tokenizer: "PreTrainedTokenizerFast", output: Path, *, overwrite: bool 
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=".tokenizer-") as temporary:
             tokenizer.save_pretrained(temporary)
+            for name, content in (more or {}).items():
+                Path(temporary, name).write_text(content, encoding="utf-8")
             again = AutoTokenizer.from_pretrained(temporary, local_files_only=True)
             assert again.get_vocab() == tokenizer.get_vocab() and len(again) == len(tokenizer)
             names = sorted(os.listdir(temporary))

@@ -1,12 +1,13 @@
 """Which BERT to train: its configuration, checked before any weight exists, and the model, new or from a checkpoint."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlm_dist.errors import UserError
 from mlm_dist.model import pretrained
+from mlm_dist.model.new_tokens import NewTokens, add_tokens
 
 if TYPE_CHECKING:
     from transformers import BertConfig, BertForMaskedLM
@@ -114,7 +115,7 @@ def check_fit(config: "BertConfig", *, vocab_size: int, seq_len: int) -> None:
         UserError: the vocabularies differ by more than padding to a multiple of 64 or 128, or a row is longer than the
             position table.
     """
-    padded = {-(-vocab_size // multiple) * multiple for multiple in _VOCABULARY_MULTIPLES}
+    padded = _padded(vocab_size)
     if config.vocab_size != vocab_size and config.vocab_size not in padded:
         raise UserError(
             f"the model's vocabulary of {config.vocab_size:,} tokens does not fit the tokenizer's {vocab_size:,}: for "
@@ -126,6 +127,10 @@ def check_fit(config: "BertConfig", *, vocab_size: int, seq_len: int) -> None:
             f"data.seq_len {seq_len} is longer than the model's position table: it must be at most "
             f"max_position_embeddings, {config.max_position_embeddings}"
         )
+
+
+def _padded(vocab_size: int) -> set[int]:
+    return {-(-vocab_size // multiple) * multiple for multiple in _VOCABULARY_MULTIPLES}
 
 
 def check_vocabulary(cfg: ModelConfig, vocabulary: Mapping[str, int]) -> None:
@@ -152,12 +157,42 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Mapping[str, int]) -> None:
             )
 
 
-def build(cfg: ModelConfig, config: "BertConfig", *, seed: int) -> "BertForMaskedLM":
+def find_new_tokens(cfg: ModelConfig, stored: int, first: int, pieces: Sequence[Sequence[int]]) -> NewTokens | None:
+    """What the checkpoint of `cfg` lacks of a tokenizer that extends a vocabulary; None where it lacks nothing, because
+    it was trained with that tokenizer, or begins from new weights.
+
+    Args:
+        cfg: the section `model`.
+        stored: rows of the checkpoint's embeddings.
+        first: size of the vocabulary that was extended.
+        pieces: for each new token the ids of the old ones that it was made of.
+
+    Raises:
+        UserError: the checkpoint shows no vocabulary and its size fits both, with the new tokens and without.
+    """
+    if cfg.init != "pretrained" or cfg.name_or_path is None:
+        return None
+    new = NewTokens(first, tuple(map(tuple, pieces)))
+    theirs = pretrained.read_vocabulary(cfg.name_or_path)
+    if theirs is not None:
+        return new if len(theirs) == first else None
+    without, within = (stored in (size, *_padded(size)) for size in (first, new.vocab_size))
+    if without and within:
+        raise UserError(
+            f"model.name_or_path: the {stored:,} embeddings of {cfg.name_or_path} may be those of {first:,} tokens or of "
+            f"{new.vocab_size:,}; give a directory that holds its vocabulary, too"
+        )
+    return new if without else None
+
+
+def build(
+    cfg: ModelConfig, config: "BertConfig", *, seed: int, new_tokens: NewTokens | None = None
+) -> "BertForMaskedLM":
     """The model in fp32 on the CPU, in training mode.
 
     New weights depend on `config` and `seed` alone: not on the state of any global generator, which is left as found,
     nor on the rank. A checkpoint that has no masked-LM head (a plain BertModel) gets a new one from `seed`; that and
-    the weights left unused are logged.
+    the weights left unused are logged. With `new_tokens` a checkpoint gets rows for them, which `config` counts already.
 
     Raises:
         UserError: the checkpoint lacks weights of the encoder, has others than its configuration says, or cannot be
@@ -173,7 +208,13 @@ def build(cfg: ModelConfig, config: "BertConfig", *, seed: int) -> "BertForMaske
             model = BertForMaskedLM(config)
         else:
             assert cfg.name_or_path is not None
-            model = pretrained.load(cfg.name_or_path, config)
+            if new_tokens is None:
+                model = pretrained.load(cfg.name_or_path, config)
+            else:
+                stored = load_config(cfg, vocab_size=None, pad_token_id=config.pad_token_id)
+                model = pretrained.load(cfg.name_or_path, stored)
+                add_tokens(model, new_tokens)
+    assert model.config.vocab_size == config.vocab_size
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if cfg.checkpoint_activations:
