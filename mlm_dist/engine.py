@@ -28,7 +28,8 @@ from mlm_dist.clock import StepClock
 from mlm_dist.errors import UserError
 from mlm_dist.optim import STATE_KEYS, OptimConfig, build_adamw, param_groups
 
-MicroBatch = dict[str, Tensor]
+# Tensors, and in a flat one an int.
+MicroBatch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Engine:
         deterministic: bool = False,
         prefix: str = "model.",
         clock: StepClock | None = None,
+        leaves: Sequence[type[nn.Module]] = (),
     ) -> None:
         """
         Args:
@@ -73,6 +75,8 @@ class Engine:
             deterministic: make CUDA give the same bits each time, at a price in speed. CPU does so anyway.
             prefix: taken off the parameters' names.
             clock: gets the time of the phases of each step.
+            leaves: classes of modules whose parameters stage 3 gathers together, and whose parts get no hooks: those
+                with a compiled forward, which a hook would break.
 
         Raises:
             UserError: a setting of `optim` is not possible.
@@ -98,6 +102,8 @@ class Engine:
         self._optim_meta = _group_meta(module, optim, prefix)
         # Stage 3 puts its own in place of this for the whole process, with other roundings, and leaves it there.
         self._linear = nn.functional.linear
+        if self.stage == 3 and leaves:
+            deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
         self._engine, *_ = deepspeed.initialize(
             model=self._module,
             optimizer=build_adamw(module, optim),
@@ -174,7 +180,10 @@ class Engine:
         nn.functional.linear = self._linear
 
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in micro_batch.items()
+        }
 
     def _apply(self) -> tuple[float | Tensor, bool]:
         """Steps the optimizer unless the gradient is not finite; (norm before clipping, skipped)."""
