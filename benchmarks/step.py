@@ -110,7 +110,6 @@ def run(args: argparse.Namespace) -> None:
         "CUDA_VISIBLE_DEVICES": "0",  # with more than one the Trainer would split the batch over them
         **os.environ,
         "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(scratch / "hf"),
     }
     begun = time.monotonic()
     with args.output.open("w") as out:

@@ -154,7 +154,7 @@ def tokenized(spec: Spec, rows: str) -> tuple[Any, Any]:
         total = len(joined["input_ids"]) // length * length
         return {key: [values[i : i + length] for i in range(0, total, length)] for key, values in joined.items()}
 
-    dataset = load_dataset("json", data_files=spec["jsonl"], split="train")
+    dataset = load_dataset("json", data_files=spec["jsonl"], split="train", cache_dir=str(Path(spec["scratch"]) / "hf"))
     dataset = dataset.map(whole if rows == "groups" else cut, batched=True, remove_columns=["text"])
     return dataset.map(group, batched=True) if rows == "groups" else dataset, tokenizer
 
