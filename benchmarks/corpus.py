@@ -20,6 +20,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".txt.gz", ".md.gz", ".rst.gz")
 # Files are cut into documents of about so many characters, the usual mean of web corpora.
 DOCUMENT = 2300
 SHARDS = 8
+# `prepare` takes such blocks by itself for 256 MB of text and more; a corpus of a size that is quick to measure would get smaller ones.
 BLOCK_SIZE = "256KiB"
 
 
@@ -45,7 +46,12 @@ class Corpus:
     @property
     def shards(self) -> list[str]:
         """The tars of the manifest."""
-        return sorted(map(str, (self.root / "shards").glob("*.tar")))
+        return sorted(map(str, (self.root / "shards").glob("train-*.tar")))
+
+    @property
+    def val_manifest(self) -> Path:
+        """Documents that are in none of the other forms, if ``make`` was asked for some."""
+        return self.root / "shards/val.json"
 
     @property
     def single(self) -> list[str]:
@@ -110,18 +116,27 @@ def _documents(file: Path) -> Iterator[str]:
         yield "\n\n".join(part)
 
 
-def make(text: Path | None, work: Path, limit: int | None) -> Corpus:
+def make(
+    text: Path | None,
+    work: Path,
+    limit: int | None,
+    block_size: str | None = BLOCK_SIZE,
+    val_fraction: float = 0.0,
+) -> Corpus:
     """The corpus of ``text`` (None: Debian's packages), made in ``work`` unless it is there.
 
     Args:
         limit: about so many characters at most.
+        block_size: of the shards; None: what ``prepare`` takes for a corpus of this size.
+        val_fraction: share of the documents that is held out.
 
     Raises:
         UserError: there is no text.
     """
     files, source = _files(text, work)
     place = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:8] if text else "debian"
-    root = work / f"corpus-{place}-{limit or 'all'}"
+    kind = "" if (block_size, val_fraction) == (BLOCK_SIZE, 0.0) else f"-{block_size}-{val_fraction:g}"
+    root = work / f"corpus-{place}-{limit or 'all'}{kind}"
     note = root / "corpus.json"
     if not note.exists():
         raw = root / "raw/documents.jsonl"
@@ -135,26 +150,27 @@ def make(text: Path | None, work: Path, limit: int | None) -> Corpus:
                 out.write(json.dumps({"text": document}) + "\n")
         if not characters:
             raise UserError(f"--text: {str(text)!r} holds no text; files {' '.join(SUFFIXES)} are read.")
-        _prepare(raw, root / "shards", characters)
+        _prepare(raw, root / "shards", characters, block_size, val_fraction)
         count, size = _derive(root)
         note.write_text(json.dumps({"source": source, "documents": count, "bytes": size}))
     return Corpus(root, **json.loads(note.read_text()))
 
 
-def _prepare(raw: Path, output: Path, characters: int) -> None:
+def _prepare(raw: Path, output: Path, characters: int, block_size: str | None, val_fraction: float) -> None:
     size = max(1, characters // SHARDS // 1024)
     command = [sys.executable, "-m", "mlm_dist.cli", "prepare", str(raw), "--output", str(output)]
-    # `prepare` takes such blocks by itself for 256 MB of text and more; a corpus of a size that is quick to measure would get smaller ones.
-    command += ["--val-fraction", "0", "--shard-size", f"{size}KiB", "--block-size", BLOCK_SIZE, "--overwrite"]
-    subprocess.run(command, check=True)
+    command += ["--val-fraction", str(val_fraction), "--shard-size", f"{size}KiB", "--overwrite"]
+    if block_size is not None:
+        command += ["--block-size", block_size]
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def _derive(root: Path) -> tuple[int, int]:
-    """The shards' documents, in their order, as single members and as plain .jsonl; (documents, bytes)."""
+    """The training shards' documents, in their order, as single members and as plain .jsonl; (documents, bytes)."""
     count = size = 0
     for folder in ("single", "jsonl"):
         (root / folder).mkdir(exist_ok=True)
-    for number, shard in enumerate(sorted((root / "shards").glob("*.tar"))):
+    for number, shard in enumerate(sorted((root / "shards").glob("train-*.tar"))):
         with (
             tarfile.open(shard) as source,
             (root / f"jsonl/{number:03d}.jsonl").open("wb") as lines,

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -187,17 +186,9 @@ def call(python: str, spec: dict[str, Any], environment: dict[str, str]) -> Any:
 
 def header(text: corpus.Corpus, tokenizer: Path, args: argparse.Namespace) -> Result:
     """Machine, text and settings."""
-    cpu = platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), cpu)
     lengths = corpus.token_lengths(text, tokenizer)
     return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
+        **report.machine(),
         "source": text.source,
         "documents": text.documents,
         "bytes": text.bytes,

@@ -1,13 +1,33 @@
-"""The data benchmark's JSON lines as Markdown."""
+"""The data benchmark's JSON lines as Markdown, and what the reports of all benchmarks say alike."""
 
+import contextlib
 import json
+import os
+import platform
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
+
 from benchmarks.cases import CASES, TARGETS
 
 Result = dict[str, Any]
+
+
+def machine() -> Result:
+    """The machine that this runs on."""
+    cpu = platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -111,6 +111,9 @@ class Engine:
             dist_init_required=False,
         )
         assert self._engine.zero_optimization_stage() == self.stage
+        if self.stage == 0 and self.world_size == 1:
+            # Alone there is nothing to reduce, and all gradients would still be copied into a bucket and back.
+            self._engine.enable_backward_allreduce = False
         self._state = zero_state(self._engine, self.stage)
 
     # ---- training ----
