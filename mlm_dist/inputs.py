@@ -63,10 +63,11 @@ class DataInputs:
         )
         # A batch must hold a row of every lane, or the run would end at the first batch whose lanes have ended.
         blocks = sum(corpus.manifest.num_blocks for corpus in self.corpora)
-        most = min(config.train.global_batch, blocks)
+        key, smallest = config.train.smallest_batch()
+        most = min(smallest, blocks)
         if data.lanes is not None and data.lanes > most:
             raise UserError(
-                f"data.lanes: {data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and "
+                f"data.lanes: {data.lanes} must be at most {most}: {key} is {smallest} rows, and "
                 f"{'data.sources has' if data.sources else 'data.manifest has'} {blocks} blocks."
             )
         self.pretrained_tokenizer = tokenizers.load_pretrained(data.tokenizer)
@@ -219,6 +220,7 @@ class DataInputs:
             rank=rank,
             world_size=world_size,
             epochs=config.train.epochs,
+            warmup=config.train.batch_warmup(),
         )
 
     def val_stream(self, rank: int, world_size: int) -> Stream | None:
@@ -246,9 +248,10 @@ class Inputs(DataInputs):
     """
 
     def __init__(self, config: Config, world_size: int):
-        if config.train.global_batch < world_size:
+        key, smallest = config.train.smallest_batch()
+        if smallest < world_size:
             raise UserError(
-                f"train.global_batch: {config.train.global_batch} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
+                f"{key}: {smallest} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
             )
         super().__init__(config)
         self.ds_config = ds_config.merge(

@@ -42,7 +42,7 @@ from mlm_dist.lifecycle import (
 from mlm_dist.meter import Meter, peak_memory_gib
 from mlm_dist.model import bert
 from mlm_dist.model.head import MaskedLM
-from mlm_dist.optim import lr_factor
+from mlm_dist.schedule import lr_factor
 from mlm_dist.tracking import Tracker
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
@@ -204,9 +204,13 @@ class Run:
         inputs = self.inputs
         self.console.say(
             f"model of {self.num_parameters / 1e6:.1f} M parameters; {sum(inputs.num_documents):,} documents, {inputs.num_bytes / 1e6:.1f} MB in "
-            f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
+            f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {stream.schedule.size(self.step)} rows a step, "
             f"{stream.micro_batches(self.step)} x {config.train.micro_batch} on each rank"
         )
+        if self.step < stream.schedule.full_from:
+            self.console.say(
+                f"batches grow from {config.train.batch_start} to {config.train.global_batch} rows until step {stream.schedule.full_from + 1}"
+            )
         for note in inputs.notes:
             self.console.say(f"note: {note}")
         even = [
@@ -276,9 +280,7 @@ class Run:
                     raise DataLoss(f"no text is left at step {self.step} of train.steps {config.train.steps}")
                 return "finished", unlogged
             result = None
-            lr = config.optim.lr * lr_factor(
-                self.step, self.progress(), warmup=config.optim.warmup, schedule=config.optim.schedule
-            )
+            lr = config.optim.lr * lr_factor(self.step, self.progress(), config.optim)
             if selected:
                 seeds = [
                     keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank)
