@@ -29,7 +29,7 @@ from mlm_dist.tracking import TrackConfig
 ENV_PREFIX = "MLM_"
 # May not change in a run directory at all; the manifest and tokenizer count by fingerprint, not by path.
 IDENTITY = (
-    "run.seed",
+    "run.seed run.branch_from",
     "data.seq_len data.packing data.long_documents data.text_field data.lanes",
     "mask.strategy mask.rate mask.rate_schedule mask.rate_end mask.rate_steps mask.split mask.span_p mask.span_max mask.labels",
     "model.init model.name_or_path model.config",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlm_dist import ds_config
+from mlm_dist import checkpoint, ds_config
 from mlm_dist.config import Config
 from mlm_dist.data import tokenizer as tokenizers
 from mlm_dist.data.block import BlockMaker
@@ -14,7 +14,8 @@ from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.members import TokenIds
 from mlm_dist.data.stream import SourceConfig, Stream, open_stream
 from mlm_dist.errors import UserError
-from mlm_dist.model import bert
+from mlm_dist.model import bert, from_run
+from mlm_dist.model.bert import ModelConfig
 from mlm_dist.sizes import parse_size
 from mlm_dist.storage.cache import Cache
 from mlm_dist.storage.store import Store
@@ -260,8 +261,17 @@ class Inputs(DataInputs):
             clip=config.train.clip,
             micro_batch=config.train.micro_batch,
         )
+        model = self._model_section()
         self.bert_config = bert.load_config(
-            config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
+            model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
         )
-        bert.check_vocabulary(config.model, self.pretrained_tokenizer.get_vocab())
+        bert.check_vocabulary(model, self.pretrained_tokenizer.get_vocab())
         bert.check_fit(self.bert_config, vocab_size=self.tokenizer.vocab_size, seq_len=config.data.seq_len)
+
+    def _model_section(self) -> ModelConfig:
+        """``model``; weights of another run are needed once: then this run, or the one that it branches from, has model and tokenizer itself."""
+        model, run = self.config.model, self.config.run
+        for place in (run.path(), run.branch_from and from_run.directory(run.branch_from)):
+            if model.init == "run" and place and checkpoint.committed(place):
+                return replace(model, name_or_path=str(place))
+        return model

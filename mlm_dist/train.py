@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlm_dist import checkpoint, distributed, evaluate
+from mlm_dist.branch import Base
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
 from mlm_dist.data.rng import keyed_seed
@@ -100,6 +101,8 @@ class Run:
                 raise UserError(
                     f"run {str(path)!r}: none of its {len(damaged)} checkpoints is whole. Bring one back, or delete {path / 'checkpoints'} to begin anew."
                 )
+            if found is None and config.run.branch_from is not None:
+                found = self._branch(config.run.branch_from, identity)
             reader = None if found is None else checkpoint.Reader(found)
             self.ledger = Ledger.read(path / "events.jsonl")
             if reader is not None:
@@ -123,6 +126,18 @@ class Run:
             "lost": list(self.ledger.lost_blocks()),
         }
 
+    def _branch(self, source: str, identity: dict[str, Any]) -> Path:
+        """The checkpoint of another run that this one begins from, copied into its directory."""
+        config, base = self.config, Base(source, self.console.say)
+        base.check_identity(identity)
+        progress = self.progress_at(base.step, base.reader.trainer["bytes"])
+        base.check_rate(progress, config.optim.lr, config.optim, self.allow_change)
+        # Before the copy: a start that dies between them leaves a directory without a checkpoint, which is held to nothing.
+        self.dir.record_identity(identity, config.guarded())
+        found = base.adopt(self.dir.path)
+        self.console.say(f"branches from {base.path}")
+        return found
+
     def _describe(self, changed: dict[str, list[Any]]) -> None:
         """Write down what the attempt is made from, so that the directory alone tells it."""
         path, inputs = self.dir.path, self.inputs
@@ -143,6 +158,7 @@ class Run:
             "stage": inputs.ds_config["zero_optimization"]["stage"],
             "known_losses": inputs.known_losses(),
             "changed": changed,
+            "branch_from": self.config.run.branch_from,
         }
 
     def build(self, path: Path | None) -> None:
@@ -155,7 +171,7 @@ class Run:
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
         section = config.model
-        if path is not None and section.init == "pretrained":
+        if path is not None and section.init != "config":
             # The checkpoint holds every weight; those that the model started from need not be read.
             section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
         model = bert.build(section, inputs.bert_config, seed=config.run.seed)
@@ -234,10 +250,14 @@ class Run:
 
     def progress(self) -> float:
         """Share of the run that is done, in [0, 1]."""
+        return self.progress_at(self.step, self.bytes)
+
+    def progress_at(self, step: int, data_bytes: int) -> float:
+        """Share of the run that is done after ``step`` steps and so many bytes of the corpora."""
         if self.config.train.steps is not None:
-            return min(1.0, self.step / self.config.train.steps)
+            return min(1.0, step / self.config.train.steps)
         assert self.config.train.epochs is not None
-        return min(1.0, self.bytes / (self.config.train.epochs * self.inputs.num_bytes))
+        return min(1.0, data_bytes / (self.config.train.epochs * self.inputs.num_bytes))
 
     def train(self) -> str:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.model import pretrained
+from mlm_dist.model import from_run, pretrained
 
 if TYPE_CHECKING:
     from transformers import BertConfig, BertForMaskedLM
@@ -38,8 +38,9 @@ class ModelConfig:
     """The section `model` of a run's configuration.
 
     Attributes:
-        init: `config` for new weights, `pretrained` for those of a checkpoint.
-        name_or_path: with `pretrained`, a directory in transformers' format or a name on the Hugging Face hub.
+        init: `config` for new weights, `pretrained` for those of a checkpoint in transformers' format, `run` for those of another run.
+        name_or_path: with `pretrained`, a directory in transformers' format or a name on the Hugging Face hub; with `run`, a run
+            directory (its newest checkpoint counts) or a checkpoint in one.
         config: with `config`, sizes by their BertConfig names; absent ones are BERT-base's, and `vocab_size` the
             tokenizer's.
         attention: back end; `auto` takes the fastest that is right on the device.
@@ -48,7 +49,7 @@ class ModelConfig:
         checkpoint_activations: recompute each layer in the backward pass rather than keep what it computed.
     """
 
-    init: Literal["config", "pretrained"] = "config"
+    init: Literal["config", "pretrained", "run"] = "config"
     name_or_path: str | None = None
     config: dict[str, Any] | None = None
     attention: Literal["auto", "sdpa", "eager"] = "auto"
@@ -87,7 +88,7 @@ def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int) 
             values.setdefault("vocab_size", vocab_size)
     else:
         assert cfg.name_or_path is not None
-        values = pretrained.read_config(cfg.name_or_path)
+        values = (from_run if cfg.init == "run" else pretrained).read_config(cfg.name_or_path)
         _check_values(values, f"model.name_or_path {cfg.name_or_path}")
     for key, value in (
         ("hidden_dropout_prob", cfg.hidden_dropout),
@@ -137,9 +138,10 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Mapping[str, int]) -> None:
     Raises:
         UserError: the first token that differs.
     """
-    if cfg.init != "pretrained" or cfg.name_or_path is None:
+    if cfg.init == "config" or cfg.name_or_path is None:
         return
-    theirs = pretrained.read_vocabulary(cfg.name_or_path)
+    place = str(from_run.directory(cfg.name_or_path) / "tokenizer") if cfg.init == "run" else cfg.name_or_path
+    theirs = pretrained.read_vocabulary(place)
     if theirs is None:
         return
     ours = {index: token for token, index in vocabulary.items()}
@@ -147,8 +149,7 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Mapping[str, int]) -> None:
         if ours.get(index) != theirs.get(index):
             raise UserError(
                 f"data.tokenizer is not the one of model.name_or_path {cfg.name_or_path}: token {index} is "
-                f"{ours.get(index)!r} in the first and {theirs.get(index)!r} in the second; set data.tokenizer to "
-                f"{cfg.name_or_path}"
+                f"{ours.get(index)!r} in the first and {theirs.get(index)!r} in the second; set data.tokenizer to {place}"
             )
 
 
@@ -173,7 +174,7 @@ def build(cfg: ModelConfig, config: "BertConfig", *, seed: int) -> "BertForMaske
             model = BertForMaskedLM(config)
         else:
             assert cfg.name_or_path is not None
-            model = pretrained.load(cfg.name_or_path, config)
+            model = (from_run if cfg.init == "run" else pretrained).load(cfg.name_or_path, config)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if cfg.checkpoint_activations:
@@ -201,14 +202,16 @@ def flops_per_token(config: "BertConfig", *, attended: float, selected: float) -
 
 
 def _check_section(cfg: ModelConfig) -> None:
-    if cfg.init not in ("config", "pretrained"):
-        raise UserError(f"model.init: {cfg.init!r} is unknown; it must be config or pretrained")
+    if cfg.init not in ("config", "pretrained", "run"):
+        raise UserError(f"model.init: {cfg.init!r} is unknown; it must be config, pretrained or run")
     check_attention(cfg.attention)
+    if cfg.init == "run" and not cfg.name_or_path:
+        raise UserError("model.name_or_path is missing: model.init run needs a run directory or one of its checkpoints")
     if cfg.init == "pretrained" and not cfg.name_or_path:
         raise UserError("model.name_or_path is missing: model.init pretrained needs a directory or a name on the hub")
-    if cfg.init == "pretrained" and cfg.config:
+    if cfg.init != "config" and cfg.config:
         raise UserError(
-            f"model.config {cfg.config} has no use with model.init pretrained, whose sizes come from model.name_or_path"
+            f"model.config {cfg.config} has no use with model.init {cfg.init}, whose sizes come from model.name_or_path"
             f" {cfg.name_or_path}; leave one out"
         )
     if cfg.init == "config" and cfg.name_or_path:

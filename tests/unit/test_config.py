@@ -298,8 +298,16 @@ def test_what_may_change_freely_is_neither_identity_nor_guarded(tmp_path: Path) 
 
 def test_guarded_keys(tmp_path: Path) -> None:
     base = read(save(tmp_path, run={"dir": str(tmp_path)}))
-    other = changed(base, optim__lr=0.5, train__steps=99, optim__schedule="wsd", optim__warmup=0.5)
-    other = changed(other, optim__decay=0.2, optim__decay_shape="sqrt", optim__final=0.1)
+    other = changed(
+        base,
+        optim__lr=0.5,
+        train__steps=99,
+        optim__schedule="wsd",
+        optim__warmup=0.5,
+        optim__decay=0.2,
+        optim__decay_shape="sqrt",
+        optim__final=0.1,
+    )
     assert {k for k, v in other.guarded().items() if v != base.guarded()[k]} == {
         "optim.lr",
         "train.steps",
