@@ -15,7 +15,9 @@ DECAY = ["--optim.schedule", "wsd", "--optim.decay", "20", "--train.steps", str(
 
 
 def test_a_branch_equals_the_run_that_decays_itself_to_the_bit(tmp_path: Path) -> None:
-    config = save_config(tmp_path, optim={"warmup": 5, "schedule": "constant"}, train={"steps": BEGIN})
+    # Batches grow meanwhile: 4 rows to step 10, 8 to step 15, then 12.
+    train = {"steps": BEGIN, "batch_start": 4, "batch_warmup_tokens": 80 * 32}
+    config = save_config(tmp_path, optim={"warmup": 5, "schedule": "constant"}, train=train)
     runs = tmp_path / "runs"
     Program(config, 2, ["--run.name", "whole", *DECAY]).start().finish()
     Program(config, 2, ["--run.name", "base"]).start().finish()
@@ -35,7 +37,7 @@ def test_a_branch_equals_the_run_that_decays_itself_to_the_bit(tmp_path: Path) -
     assert read_json(runs / "branch" / "status.json")["state"] == "finished"
     attempts = [e for e in read_json_lines(runs / "branch" / "events.jsonl") if e["kind"] == "attempt"]
     assert attempts[0]["step"] == BEGIN and attempts[0]["branch_from"] == str(runs / "base")
-    ids = {(path / "wandb" / "run_id").read_text() for path in (tmp_path / "gone", runs / "branch")}
+    ids = {(path / "wandb" / "run_id").read_text().strip() for path in (tmp_path / "gone", runs / "branch")}
     assert len(ids) == 2 and ends[1].trainer["wandb_id"] in ids
 
 
