@@ -147,6 +147,8 @@ class Config:
             if check:
                 check()
         self.mask.check_packing(self.data.packing)
+        if self.train.steps is not None:
+            self.optim.check_steps(self.train.steps)
 
     def flat(self) -> dict[str, Any]:
         """``{"section.key": value}`` in plain types (tuples become lists)."""

@@ -58,8 +58,16 @@ class ScheduleConfig:
                 f"optim.final: {self.final!r} does nothing with optim.schedule {self.schedule} and no optim.decay"
             )
         if self.decay is not None and self.decay < 1 and self.warmup < 1 and self.decay + self.warmup > 1:
+            raise UserError(f"optim.decay: {self.decay!r} and optim.warmup {self.warmup!r} are more than the run")
+
+    def check_steps(self, steps: int) -> None:
+        """Raises UserError for a warm-up and a decay that do not fit into a run of ``steps``."""
+        if self.decay is None:
+            return
+        warmup, decay = (n if n >= 1 else n * steps for n in (self.warmup, self.decay))
+        if warmup + decay > steps:
             raise UserError(
-                f"optim.decay: {self.decay!r} and optim.warmup {self.warmup!r} are more than the run; together they may be 1"
+                f"optim.decay: {self.decay:g} and optim.warmup {self.warmup:g} are more than the run's {steps} steps; shorten them, or raise train.steps"
             )
 
 

@@ -15,6 +15,7 @@ from mlm_dist.data.masking import MaskConfig, rates
 from mlm_dist.data.rows import Rows
 from mlm_dist.data.stream import Stream
 from mlm_dist.data.tokenizer import load
+from mlm_dist.data.torch_dataset import MaskedLanguageDataset
 from mlm_dist.errors import UserError
 from mlm_dist.storage.store import Store
 from tests.corpora import documents, save_corpus, save_tokenizer
@@ -79,6 +80,23 @@ def test_growing_batches_change_no_row_and_masks_follow_their_batch(tmp_path: Pa
         wanted = same.slice(growing.schedule.first(k), growing.schedule.first(k + 1))
         for part in ("ids", "lengths", "positions", "labels"):
             assert getattr(batch.rows, part).tolist() == getattr(wanted, part).tolist()
+
+
+def test_the_dataset_of_rows_is_as_long_as_its_batches(tmp_path: Path) -> None:
+    manifest = Manifest.read(save_corpus(tmp_path / "corpus", documents(100)))
+    tokenizer = load(str(save_tokenizer(tmp_path / "tokenizer")))
+    maker = BlockMaker(
+        manifest,
+        Store(manifest.root),
+        tokenizer,
+        seq_len=32,
+        packing="split",
+        long_documents="chunk",
+        mask=MaskConfig(),
+        seed=7,
+    )
+    dataset = MaskedLanguageDataset(Stream([maker], 12, 4, warmup=BatchWarmup(4, 32 * 40)), steps=9)
+    assert len(dataset) == 5 * 4 + 3 * 8 + 12 == sum(1 for _ in dataset)
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,9 @@ def test_identity_is_what_the_data_and_the_weights_depend_on(tmp_path: Path) -> 
         differs = {k for k, v in other.identity("manifest-print", "tokenizer-print").items() if v != mine[k]}
         assert differs == {key.replace("__", ".")}
         assert other.guarded() == base.guarded()
+    growing = changed(base, train__batch_start=1, train__batch_warmup_tokens=1000, run__branch_from="runs/base")
+    differs = {k for k, v in growing.identity("manifest-print", "tokenizer-print").items() if v != mine[k]}
+    assert differs == {"train.batch_start", "train.batch_warmup_tokens", "run.branch_from"}
 
 
 def test_what_may_change_freely_is_neither_identity_nor_guarded(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mlm_dist.config import load
 from mlm_dist.errors import UserError
 from mlm_dist.schedule import ScheduleConfig, lr_factor
+from tests.ranks import ROOT
 
 # Ours, and transformers' for a run of `steps` with a warm-up of `warmup` and a decay of `decay` steps.
 REFERENCES: list[tuple[dict[str, Any], Callable[[Any, int, int, int], Any]]] = [
@@ -155,3 +157,23 @@ def test_a_schedule_that_cannot_be_meant_is_named(change: dict[str, Any], field:
     with pytest.raises(UserError, match=f"^optim.{field}: "):
         dataclasses.replace(ScheduleConfig(), **change).check_schedule()
     ScheduleConfig().check_schedule()
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(10.0, 90.0), (0.5, 50.0), (10.0, 0.9)])
+def test_warmup_and_decay_must_fit_into_the_run(warmup: float, decay: float) -> None:
+    made = ScheduleConfig(warmup=warmup, schedule="wsd", decay=decay)
+    made.check_steps(100)
+    with pytest.raises(UserError, match=r"^optim.decay: .*99 steps; shorten them, or raise train.steps"):
+        dataclasses.replace(made, warmup=warmup + (1 if warmup >= 1 else 0.02)).check_steps(99)
+
+
+def test_the_recipes_of_two_phases_are_one_line_of_a_million_steps() -> None:
+    first, second = (load(["--config", str(ROOT / "recipes" / f"bert_base_phase{n}.yaml")]).config for n in (1, 2))
+    assert first.train.steps == 900_000 and second.train.steps == 100_000
+    one = load(["--config", str(ROOT / "recipes" / "bert_base.yaml")]).config.optim
+    for config, begins in ((first, 0), (second, 900_000)):
+        for share in (0.02, 0.3, 0.6, 0.9, 0.999):
+            step = int(share * config.train.steps)
+            wanted = one.lr * lr_factor(begins + step, (begins + step) / 1e6, one)
+            got = config.optim.lr * lr_factor(step, step / config.train.steps, config.optim)
+            assert got == pytest.approx(wanted, rel=0.02)
