@@ -91,32 +91,15 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"train.{key}: {value} must be at least 1.")
-        self._check_batches()
+        self.batch_warmup()
         if not (math.isfinite(self.clip) and self.clip >= 0):
             raise UserError(f"train.clip: {self.clip} must be a positive number, or 0 for no clipping.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise UserError(f"train.timeout: {self.timeout} must be a positive number of seconds.")
 
-    def _check_batches(self) -> None:
-        if (self.batch_start is None) != (self.batch_warmup_tokens is None):
-            raise UserError(
-                f"train.batch_start: {self.batch_start}, train.batch_warmup_tokens: {self.batch_warmup_tokens}; for batches that grow give both, else neither."
-            )
-        if self.batch_start is not None and (
-            self.global_batch % self.batch_start or self.batch_start == self.global_batch
-        ):
-            smaller = [n for n in range(1, self.global_batch) if self.global_batch % n == 0]
-            near = min(smaller, key=lambda n: abs(n - self.batch_start), default=None)  # type: ignore[operator]
-            raise UserError(
-                f"train.batch_start: {self.batch_start} rows must divide train.global_batch {self.global_batch} and be fewer"
-                + (f"; the nearest number that does is {near}." if near else ".")
-            )
-
     def batch_warmup(self) -> BatchWarmup | None:
-        """How batches grow, or None when all have ``global_batch`` rows."""
-        if self.batch_start is None or self.batch_warmup_tokens is None:
-            return None
-        return BatchWarmup(self.batch_start, self.batch_warmup_tokens)
+        """How batches grow, or None when all have ``global_batch`` rows. Raises UserError for growth that cannot be."""
+        return BatchWarmup.of(self.batch_start, self.batch_warmup_tokens, self.global_batch)
 
     def smallest_batch(self) -> tuple[str, int]:
         """The key that says how many rows the first batch has, and that number."""

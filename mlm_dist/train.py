@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlm_dist import checkpoint, distributed, evaluate
-from mlm_dist.branch import Base
+from mlm_dist import branch, checkpoint, distributed, evaluate
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
 from mlm_dist.data.rng import keyed_seed
@@ -128,7 +127,7 @@ class Run:
 
     def _branch(self, source: str, identity: dict[str, Any]) -> Path:
         """The checkpoint of another run that this one begins from, copied into its directory."""
-        config, base = self.config, Base(source, self.console.say)
+        config, base = self.config, branch.Base(source, self.console.say)
         base.check_identity(identity)
         progress = self.progress_at(base.step, base.reader.trainer["bytes"])
         base.check_rate(progress, config.optim.lr, config.optim, self.allow_change)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlm_dist.errors import UserError
+
 
 @dataclass(frozen=True)
 class BatchWarmup:
@@ -16,6 +18,28 @@ class BatchWarmup:
 
     start: int
     tokens: int
+
+    @staticmethod
+    def of(start: int | None, tokens: int | None, largest: int) -> "BatchWarmup | None":
+        """What ``train.batch_start``, ``train.batch_warmup_tokens`` and ``train.global_batch`` mean.
+
+        Raises:
+            UserError: only one of the first two is given, or batches cannot grow from the first to the last.
+        """
+        if (start is None) != (tokens is None):
+            raise UserError(
+                f"train.batch_start: {start}, train.batch_warmup_tokens: {tokens}; for batches that grow give both, else neither."
+            )
+        if start is None or tokens is None:
+            return None
+        if largest % start or start == largest:
+            smaller = [n for n in range(1, largest // 2 + 1) if largest % n == 0]
+            near = min(smaller, key=lambda n: abs(n - start), default=None)
+            raise UserError(
+                f"train.batch_start: {start} rows must divide train.global_batch {largest} and be fewer"
+                + (f"; the nearest number that does is {near}." if near else ".")
+            )
+        return BatchWarmup(start, tokens)
 
 
 @dataclass(frozen=True)
