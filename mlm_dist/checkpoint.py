@@ -176,6 +176,56 @@ def newest(run_dir: str | Path, warn: Callable[[str], None] = lambda _message: N
     return None
 
 
+def locate(path: str | Path, warn: Callable[[str], None] = lambda _message: None) -> Path:
+    """The checkpoint that a run directory (its newest whole one) or a checkpoint directory stands for, absolute, every byte of it checked.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory; give a run directory or one of its checkpoints")
+    if path.parent.name == "checkpoints" or (path / "index.json").exists():
+        Reader(path).verify()
+        return path.resolve()
+    found = newest(path, warn)
+    if found is None:
+        raise CheckpointError(f"{path}: holds no whole checkpoint; give a run directory in which checkpoints/ has one")
+    return found.resolve()
+
+
+def adopt(reader: Reader, run_dir: Path, trainer: dict[str, Any]) -> Path:
+    """Copy a checkpoint into another run directory, with another trainer.json; returns the copy, which is whole.
+
+    Raises:
+        CheckpointError: a file was not whole when it was copied.
+        OSError: it was gone, or the copy cannot be written.
+    """
+    root = run_dir / "checkpoints"
+    temporary, final = root / f".tmp_{name(reader.step)}_adopted", root / name(reader.step)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = dict(reader.index["files"])
+    for file in files.keys() - {"trainer.json"}:
+        shutil.copyfile(reader.path / file, temporary / file)
+        with (temporary / file).open("rb") as copy:
+            os.fsync(copy.fileno())
+    files["trainer.json"] = _write(temporary / "trainer.json", json.dumps(trainer).encode())
+    _commit(temporary, {**reader.index, "files": files})
+    Reader(temporary).verify()
+    temporary.rename(final)
+    sync_directory(root)
+    return final
+
+
+def _commit(directory: Path, index: dict[str, Any]) -> None:
+    """The last two files, which make a checkpoint whole."""
+    content = json.dumps(index, indent=1).encode()
+    _write(directory / "index.json", content)
+    _write(directory / "COMMIT", hashlib.sha256(content).hexdigest().encode())
+    sync_directory(directory)
+
+
 def assign(numels: dict[str, int], world_size: int) -> dict[str, int]:
     """Which rank writes which tensor: largest first to the rank with least. A pure function, so all ranks agree."""
     loads = [0] * world_size
@@ -273,12 +323,9 @@ class Writer:
             files["optimizer.json"] = _write(temporary / "optimizer.json", json.dumps(optimizer, indent=1).encode())
             files["trainer.json"] = _write(temporary / "trainer.json", json.dumps(trainer).encode())
             tensor_files = {key: self._part_name(rank) for key, rank in keys.items()}
-            index = json.dumps(
-                {"format": FORMAT, "version": VERSION, "step": step, "files": files, "tensors": tensor_files}, indent=1
-            ).encode()
-            _write(temporary / "index.json", index)
-            _write(temporary / "COMMIT", hashlib.sha256(index).hexdigest().encode())
-            sync_directory(temporary)
+            _commit(
+                temporary, {"format": FORMAT, "version": VERSION, "step": step, "files": files, "tensors": tensor_files}
+            )
             final = self.root / name(step)
             if final.exists():  # only one that was passed over as damaged
                 shutil.rmtree(final)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from mlm_dist.checkpoint import CheckpointConfig
+from mlm_dist.data.batches import BatchWarmup
 from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.stream import DataConfig
 from mlm_dist.ds_config import DeepSpeedSection
@@ -28,15 +29,18 @@ from mlm_dist.tracking import TrackConfig
 ENV_PREFIX = "MLM_"
 # May not change in a run directory at all; the manifest and tokenizer count by fingerprint, not by path.
 IDENTITY = (
-    "run.seed",
+    "run.seed run.branch_from",
     "data.seq_len data.packing data.long_documents data.text_field data.lanes",
     "mask.strategy mask.rate mask.rate_schedule mask.rate_end mask.rate_steps mask.split mask.span_p mask.span_max mask.labels",
     "model.init model.name_or_path model.config",
-    "train.global_batch",
+    "train.global_batch train.batch_start train.batch_warmup_tokens",
     "optim.name optim.betas optim.eps optim.weight_decay",
 )
 # May change when the user says so by --allow_change KEY.
-GUARDED = ("train.steps", "train.epochs", "optim.lr", "optim.warmup", "optim.schedule")
+GUARDED = (
+    *("train.steps", "train.epochs", "optim.lr", "optim.warmup", "optim.schedule"),
+    *("optim.decay", "optim.decay_shape", "optim.final"),
+)
 
 
 @dataclass
@@ -47,6 +51,8 @@ class TrainConfig:
         steps: optimizer steps; give this or ``epochs``.
         epochs: passes over the training manifest.
         global_batch: rows of one optimizer step over all ranks; accumulation is derived.
+        batch_start: rows of the first steps when batches are to grow to ``global_batch``, which must be a multiple of it; they grow by as many at a time.
+        batch_warmup_tokens: token places (rows x data.seq_len) over which they grow.
         micro_batch: rows of one forward and backward on one rank.
         precision: ``fp32``, or ``bf16`` (torch autocast; fp32 weights and moments).
         clip: largest global L2 norm of the gradients; 0 is off.
@@ -58,6 +64,8 @@ class TrainConfig:
     steps: int | None = None
     epochs: int | None = None
     global_batch: int = 32
+    batch_start: int | None = None
+    batch_warmup_tokens: int | None = None
     micro_batch: int = 8
     precision: Literal["fp32", "bf16"] = "bf16"
     clip: float = 1.0
@@ -71,14 +79,33 @@ class TrainConfig:
             raise UserError(
                 f"train.steps: {self.steps}, train.epochs: {self.epochs}; give exactly one of them (--train.epochs null unsets the other)."
             )
-        for key in ("steps", "epochs", "global_batch", "micro_batch", "max_skipped"):
+        for key in (
+            "steps",
+            "epochs",
+            "global_batch",
+            "batch_start",
+            "batch_warmup_tokens",
+            "micro_batch",
+            "max_skipped",
+        ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"train.{key}: {value} must be at least 1.")
+        self.batch_warmup()
         if not (math.isfinite(self.clip) and self.clip >= 0):
             raise UserError(f"train.clip: {self.clip} must be a positive number, or 0 for no clipping.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise UserError(f"train.timeout: {self.timeout} must be a positive number of seconds.")
+
+    def batch_warmup(self) -> BatchWarmup | None:
+        """How batches grow, or None when all have ``global_batch`` rows. Raises UserError for growth that cannot be."""
+        return BatchWarmup.of(self.batch_start, self.batch_warmup_tokens, self.global_batch)
+
+    def smallest_batch(self) -> tuple[str, int]:
+        """The key that says how many rows the first batch has, and that number."""
+        if self.batch_start is not None:
+            return "train.batch_start", self.batch_start
+        return "train.global_batch", self.global_batch
 
 
 @dataclass
@@ -103,6 +130,8 @@ class Config:
             if check:
                 check()
         self.mask.check_packing(self.data.packing)
+        if self.train.steps is not None:
+            self.optim.check_steps(self.train.steps)
 
     def flat(self) -> dict[str, Any]:
         """``{"section.key": value}`` in plain types (tuples become lists)."""

@@ -89,6 +89,8 @@ def _model(source: Source, reader: "Reader") -> "BertForMaskedLM":
     import torch
     from transformers import BertConfig, BertForMaskedLM
 
+    from mlm_dist.model.from_run import fill
+
     directory = source.run_dir / "model"
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory / 'config.json'}: missing; a checkpoint is exported from within its run directory")
@@ -98,26 +100,7 @@ def _model(source: Source, reader: "Reader") -> "BertForMaskedLM":
         devices=[]
     ):  # the weights made here are all replaced; the caller's generator is not used up
         model = BertForMaskedLM(config)
-    stored = set(reader.names())
-    aliases: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        aliases.setdefault(id(parameter), []).append(name)
-    with torch.no_grad():
-        for names in aliases.values():
-            held = [name for name in names if name in stored]
-            if not held:
-                raise UserError(f"{source.checkpoint}: holds no {names[0]}, which the model of {directory} has")
-            value = reader.parameter(held[0])
-            if value.shape != parameters[names[0]].shape:
-                raise UserError(
-                    f"{source.checkpoint}: {held[0]} is {tuple(value.shape)}, "
-                    f"the model of {directory} has {tuple(parameters[names[0]].shape)}"
-                )
-            parameters[names[0]].copy_(value)
-            stored.difference_update(held)
-    if stored:
-        raise UserError(f"{source.checkpoint}: holds {min(stored)}, which the model of {directory} has not")
+    fill(model, reader)
     return model.eval()
 
 

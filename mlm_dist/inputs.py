@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mlm_dist import ds_config
+from mlm_dist import checkpoint, ds_config
 from mlm_dist.config import Config
 from mlm_dist.data import tokenizer as tokenizers
 from mlm_dist.data.block import BlockMaker
@@ -17,7 +17,8 @@ from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.members import TokenIds
 from mlm_dist.data.stream import SourceConfig, Stream, open_stream
 from mlm_dist.errors import UserError
-from mlm_dist.model import attention, bert
+from mlm_dist.model import attention, bert, from_run
+from mlm_dist.model.bert import ModelConfig
 from mlm_dist.model.head import check_head
 from mlm_dist.sizes import parse_size
 from mlm_dist.storage.cache import Cache
@@ -67,10 +68,11 @@ class DataInputs:
         )
         # A batch must hold a row of every lane, or the run would end at the first batch whose lanes have ended.
         blocks = sum(corpus.manifest.num_blocks for corpus in self.corpora)
-        most = min(config.train.global_batch, blocks)
+        key, smallest = config.train.smallest_batch()
+        most = min(smallest, blocks)
         if data.lanes is not None and data.lanes > most:
             raise UserError(
-                f"data.lanes: {data.lanes} must be at most {most}: train.global_batch is {config.train.global_batch} rows, and "
+                f"data.lanes: {data.lanes} must be at most {most}: {key} is {smallest} rows, and "
                 f"{'data.sources has' if data.sources else 'data.manifest has'} {blocks} blocks."
             )
         self.pretrained_tokenizer = tokenizers.load_pretrained(data.tokenizer)
@@ -223,6 +225,7 @@ class DataInputs:
             rank=rank,
             world_size=world_size,
             epochs=config.train.epochs,
+            warmup=config.train.batch_warmup(),
         )
 
     def val_stream(self, rank: int, world_size: int) -> Stream | None:
@@ -253,9 +256,10 @@ class Inputs(DataInputs):
     """
 
     def __init__(self, config: Config, world_size: int):
-        if config.train.global_batch < world_size:
+        key, smallest = config.train.smallest_batch()
+        if smallest < world_size:
             raise UserError(
-                f"train.global_batch: {config.train.global_batch} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
+                f"{key}: {smallest} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
             )
         super().__init__(config)
         self.ds_config = ds_config.merge(
@@ -264,30 +268,31 @@ class Inputs(DataInputs):
             clip=config.train.clip,
             micro_batch=config.train.micro_batch,
         )
+        model = self._model_section()
         self.bert_config = bert.load_config(
-            config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
+            model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
         )
-        self._fit_vocabulary()
+        self._fit_vocabulary(model)
         self._choose_kernels()
 
-    def _fit_vocabulary(self) -> None:
+    def _fit_vocabulary(self, model: ModelConfig) -> None:
         """Hold the model's configuration against the tokenizer; with words that the model has not yet, make room for them."""
-        config = self.config
+        seq_len = self.config.data.seq_len
         vocabulary, vocab_size = self.pretrained_tokenizer.get_vocab(), self.tokenizer.vocab_size
         self.new_tokens = None
-        if extension := read_extension(config.data.tokenizer, self.pretrained_tokenizer):
+        if extension := read_extension(self.config.data.tokenizer, self.pretrained_tokenizer):
             self.new_tokens = bert.find_new_tokens(
-                config.model, self.bert_config.vocab_size, extension.base_size, list(extension.words.values())
+                model, self.bert_config.vocab_size, extension.base_size, list(extension.words.values())
             )
         if self.new_tokens:
             vocab_size = self.new_tokens.first
             vocabulary = {token: index for token, index in vocabulary.items() if index < vocab_size}
-        bert.check_vocabulary(config.model, vocabulary)
-        bert.check_fit(self.bert_config, vocab_size=vocab_size, seq_len=config.data.seq_len)
+        bert.check_vocabulary(model, vocabulary)
+        bert.check_fit(self.bert_config, vocab_size=vocab_size, seq_len=seq_len)
         if self.new_tokens:
             self.bert_config.vocab_size = self.new_tokens.rows(self.bert_config.vocab_size)
             self.notes.append(
-                f"data.tokenizer has {len(self.new_tokens.pieces):,} words more than {config.model.name_or_path}; their embeddings begin as the means "
+                f"data.tokenizer has {len(self.new_tokens.pieces):,} words more than {model.name_or_path}; their embeddings begin as the means "
                 "of their pieces'"
             )
 
@@ -309,3 +314,11 @@ class Inputs(DataInputs):
                 "model.compile fills every micro-batch up to train.micro_batch rows of data.seq_len tokens, and "
                 "data.packing none leaves much to fill; split or best_fit do not"
             )
+
+    def _model_section(self) -> ModelConfig:
+        """``model``; weights of another run are needed once: then this run, or the one that it branches from, has model and tokenizer itself."""
+        model, run = self.config.model, self.config.run
+        for place in (run.path(), run.branch_from and from_run.directory(run.branch_from)):
+            if model.init == "run" and place and checkpoint.committed(place):
+                return replace(model, name_or_path=str(place))
+        return model

@@ -33,11 +33,14 @@ class RunConfig:
         dir: directory that holds runs.
         name: the run's directory in it; null: the config file's name.
         seed: keys the order of data, masks, dropout and new weights.
+        branch_from: begin from the newest checkpoint of this run directory, or from this checkpoint directory, with all that is in it (weights, moments,
+            place in the data, step); afterwards that run is not needed any more.
     """
 
     dir: str = "runs"
     name: str | None = None
     seed: int = 0
+    branch_from: str | None = None
 
     def check(self) -> None:
         """Raises UserError for a name that is no single directory name, or a seed that is none."""
@@ -189,19 +192,20 @@ class RunDir:
             raise UserError(
                 f"{self.path / 'identity.json'} is damaged; give it back, or start another run with --run.name."
             )
-        wrong = _differences(recorded["identity"], identity)
+        wrong = differences(recorded["identity"], identity)
         if wrong:
             raise UserError(
                 f"run {str(self.path)!r} belongs to a different config:\n"
-                + _listing(wrong)
+                + listing(wrong)
                 + "\nGive these values back, or start another run with --run.name."
             )
-        changed = _differences(recorded["guarded"], guarded)
+        # A run may be older than a key, which then was at its default.
+        changed = differences(recorded["guarded"], {k: v for k, v in guarded.items() if k in recorded["guarded"]})
         refused = {k: v for k, v in changed.items() if k not in allow}
         if refused:
             raise UserError(
                 f"run {str(self.path)!r} was started with other values:\n"
-                + _listing(refused)
+                + listing(refused)
                 + "\nTo change them on purpose add "
                 + " ".join(f"--allow_change {k}" for k in refused)
             )
@@ -232,22 +236,23 @@ class RunDir:
         self.status("failed", step, reason)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
     """{key: [old, new]} of the keys of ``new`` that differ; of a value that is itself a dict, its keys."""
     out: dict[str, list[Any]] = {}
     for key, value in new.items():
         before = old.get(key)
         if isinstance(before, dict) and isinstance(value, dict):
-            inner = _differences(before, {k: value.get(k) for k in sorted({*before, *value})})
+            inner = differences(before, {k: value.get(k) for k in sorted({*before, *value})})
             out |= {f"{key}.{k}": v for k, v in inner.items()}
         elif before != value:
             out[key] = [before, value]
     return out
 
 
-def _listing(differences: dict[str, list[Any]]) -> str:
+def listing(changed: dict[str, list[Any]]) -> str:
+    """What ``differences`` found, a line each."""
     return "\n".join(
-        f"  {k}: the run has {_short(old)}, this start has {_short(new)}" for k, (old, new) in differences.items()
+        f"  {k}: the run has {_short(old)}, this start has {_short(new)}" for k, (old, new) in changed.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""AdamW: its settings, its parameter groups and the learning rate as a pure function of the run's progress."""
+"""AdamW: its settings and its parameter groups."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import torch
 from torch import nn
 
 from mlm_dist.errors import UserError
+from mlm_dist.schedule import ScheduleConfig
 
 # The tensors that AdamW keeps for each parameter.
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
-Schedule = Literal["linear", "constant"]
-
 
 @dataclass
-class OptimConfig:
-    """The optimizer and its learning rate.
+class OptimConfig(ScheduleConfig):
+    """The optimizer and its learning rate, which ``ScheduleConfig`` moves.
 
     Attributes:
         name: adamw (Loshchilov and Hutter 2019), torch's own.
@@ -27,8 +26,6 @@ class OptimConfig:
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled; biases and LayerNorms never decay.
-        warmup: length of the linear warm-up, a fraction of the run when below 1, else a number of steps.
-        schedule: after the warm-up, linear falls to 0 at the run's end, constant stays.
     """
 
     name: Literal["adamw"] = "adamw"
@@ -36,8 +33,6 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    warmup: float = 0.0
-    schedule: Schedule = "linear"
 
     def check(self) -> None:
         """Raises UserError, naming the field, for a value that cannot be meant."""
@@ -52,42 +47,11 @@ class OptimConfig:
                 math.isfinite(self.weight_decay) and self.weight_decay >= 0,
                 "a finite number, at least 0",
             ),
-            (
-                "warmup",
-                self.warmup,
-                0 <= self.warmup < 1 or (math.isfinite(self.warmup) and self.warmup >= 1 and self.warmup % 1 == 0),
-                "a fraction of the run in [0, 1) or a whole number of steps",
-            ),
         )
         for field, value, good, right in checks:
             if not good:
                 raise UserError(f"optim.{field}: {value!r} is not possible; it must be {right}")
-
-
-def lr_factor(step: int, progress: float, *, warmup: float, schedule: Schedule) -> float:
-    """What the peak learning rate is multiplied by at a step; in [0, 1].
-
-    Args:
-        step: steps taken before this one, so 0 for the first.
-        progress: the fraction of the run that was done before this step, in [0, 1].
-        warmup: see OptimConfig.warmup.
-        schedule: see OptimConfig.schedule.
-
-    For a run counted in steps (progress = step / steps) `linear` is transformers' `get_linear_schedule_with_warmup`.
-    For a run counted in epochs, with a warm-up in steps, the progress at which the warm-up ended is taken from the
-    run's pace so far.
-    """
-    progress = min(max(progress, 0.0), 1.0)
-    if warmup < 1:
-        warm, warmed_at = (progress / warmup if warmup > 0 else 1.0), warmup
-    else:
-        warm, warmed_at = step / warmup, (progress * warmup / step if step > 0 else 0.0)
-    if warm < 1:
-        return warm
-    if schedule == "constant":
-        return 1.0
-    # Rounding may put the warm-up's end a bit past the progress that it was taken from.
-    return min(1.0, (1.0 - progress) / (1.0 - warmed_at)) if warmed_at < 1 else 0.0
+        self.check_schedule()
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlm_dist import checkpoint, distributed, evaluate
+from mlm_dist import branch, checkpoint, distributed, evaluate
 from mlm_dist.clock import COMMUNICATION, StepClock, timed_collectives
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
@@ -46,7 +46,7 @@ from mlm_dist.meter import Meter, peak_memory_gib
 from mlm_dist.model import bert
 from mlm_dist.model.compiled import compile_layers, layer_class, plain_layers
 from mlm_dist.model.head import MaskedLM
-from mlm_dist.optim import lr_factor
+from mlm_dist.schedule import lr_factor
 from mlm_dist.tracking import Tracker
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
@@ -105,6 +105,8 @@ class Run:
                 raise UserError(
                     f"run {str(path)!r}: none of its {len(damaged)} checkpoints is whole. Bring one back, or delete {path / 'checkpoints'} to begin anew."
                 )
+            if found is None and config.run.branch_from is not None:
+                found = self._branch(config.run.branch_from, identity)
             reader = None if found is None else checkpoint.Reader(found)
             self.ledger = Ledger.read(path / "events.jsonl")
             if reader is not None:
@@ -128,6 +130,18 @@ class Run:
             "lost": list(self.ledger.lost_blocks()),
         }
 
+    def _branch(self, source: str, identity: dict[str, Any]) -> Path:
+        """The checkpoint of another run that this one begins from, copied into its directory."""
+        config, base = self.config, branch.Base(source, self.console.say)
+        base.check_identity(identity)
+        progress = self.progress_at(base.step, base.reader.trainer["bytes"])
+        base.check_rate(progress, config.optim.lr, config.optim, self.allow_change)
+        # Before the copy: a start that dies between them leaves a directory without a checkpoint, which is held to nothing.
+        self.dir.record_identity(identity, config.guarded())
+        found = base.adopt(self.dir.path)
+        self.console.say(f"branches from {base.path}")
+        return found
+
     def _describe(self, changed: dict[str, list[Any]]) -> None:
         """Write down what the attempt is made from, so that the directory alone tells it."""
         path, inputs = self.dir.path, self.inputs
@@ -148,6 +162,7 @@ class Run:
             "stage": inputs.ds_config["zero_optimization"]["stage"],
             "known_losses": inputs.known_losses(),
             "changed": changed,
+            "branch_from": self.config.run.branch_from,
         }
 
     def build(self, path: Path | None) -> None:
@@ -166,7 +181,7 @@ class Run:
         for stream in filter(None, (self.stream, self.val_stream)):
             stream.flat, stream.one_shape = flat, config.model.compile
         section = config.model
-        if path is not None and section.init == "pretrained":
+        if path is not None and section.init != "config":
             # The checkpoint holds every weight; those that the model started from need not be read.
             section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
         model = bert.build(section, inputs.bert_config, seed=config.run.seed, new_tokens=inputs.new_tokens)
@@ -236,9 +251,13 @@ class Run:
         inputs = self.inputs
         self.console.say(
             f"model of {self.num_parameters / 1e6:.1f} M parameters; {sum(inputs.num_documents):,} documents, {inputs.num_bytes / 1e6:.1f} MB in "
-            f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
+            f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {stream.schedule.size(self.step)} rows a step, "
             f"{stream.micro_batches(self.step)} x {config.train.micro_batch} on each rank"
         )
+        if self.step < stream.schedule.full_from:
+            self.console.say(
+                f"batches grow from {config.train.batch_start} to {config.train.global_batch} rows until step {stream.schedule.full_from + 1}"
+            )
         for note in inputs.notes:
             self.console.say(f"note: {note}")
         even = [
@@ -262,10 +281,14 @@ class Run:
 
     def progress(self) -> float:
         """Share of the run that is done, in [0, 1]."""
+        return self.progress_at(self.step, self.bytes)
+
+    def progress_at(self, step: int, data_bytes: int) -> float:
+        """Share of the run that is done after ``step`` steps and so many bytes of the corpora."""
         if self.config.train.steps is not None:
-            return min(1.0, self.step / self.config.train.steps)
+            return min(1.0, step / self.config.train.steps)
         assert self.config.train.epochs is not None
-        return min(1.0, self.bytes / (self.config.train.epochs * self.inputs.num_bytes))
+        return min(1.0, data_bytes / (self.config.train.epochs * self.inputs.num_bytes))
 
     def train(self) -> str:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
@@ -321,9 +344,7 @@ class Run:
                     raise DataLoss(f"no text is left at step {self.step} of train.steps {config.train.steps}")
                 return "finished", unlogged
             result = None
-            lr = config.optim.lr * lr_factor(
-                self.step, self.progress(), warmup=config.optim.warmup, schedule=config.optim.schedule
-            )
+            lr = config.optim.lr * lr_factor(self.step, self.progress(), config.optim)
             if selected:
                 seeds = [
                     keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank)

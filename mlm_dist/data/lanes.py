@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mlm_dist.data.batches import BatchSchedule
 from mlm_dist.data.block import BlockError, BlockMaker, DataFault
 from mlm_dist.data.order import Order
 from mlm_dist.data.rows import Rows, ranges
@@ -68,14 +69,14 @@ class Plan:
         makers: one for each corpus.
         order: over all of them.
         epochs: after which lanes end, or None.
-        global_batch: rows of a batch.
+        schedule: which batch a row belongs to.
         lost: (source, epoch, block) of the ledger: not read, whatever they hold now.
     """
 
     makers: Sequence[BlockMaker]
     order: Order
     epochs: int | None
-    global_batch: int
+    schedule: BatchSchedule
     lost: Lost
 
     def empty_rows(self, n: int) -> Rows:
@@ -131,7 +132,7 @@ class LaneReader:
         once_around = self.epoch + 1, self.position
 
         def steps(rows: int) -> np.ndarray:
-            return (number + (np.arange(rows) - self.row) * plan.order.lanes) // plan.global_batch
+            return plan.schedule.batch_of(number + (np.arange(rows) - self.row) * plan.order.lanes)
 
         while self._block is None and (plan.epochs is None or self.epoch < plan.epochs):
             if (self.epoch, self.position) >= once_around:

@@ -18,9 +18,9 @@ GREEDY_MOST = 500_000
 COUNTED_BLOCKS = 4_000_000
 
 
-def default_lanes(global_batch: int, num_blocks: int) -> int:
-    """min(global_batch, blocks // 16, 960), at least 1: enough blocks in every lane that lanes end together."""
-    return max(1, min(global_batch, num_blocks // 16, MAX_LANES))
+def default_lanes(smallest_batch: int, num_blocks: int) -> int:
+    """min(smallest_batch, blocks // 16, 960), at least 1: a row of every lane in each batch, and enough blocks in every lane that lanes end together."""
+    return max(1, min(smallest_batch, num_blocks // 16, MAX_LANES))
 
 
 @dataclass(frozen=True)

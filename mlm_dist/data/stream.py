@@ -1,7 +1,7 @@
 """The stream: blocks to global batches, the same whatever the number of ranks and workers, resumable at any batch.
 
-Row g of the run comes from lane g mod lanes; batch k is rows [k * B, (k + 1) * B). Rank r of W serves the lanes c with c mod W == r;
-its loader worker j owns every n-th of them.
+Row g of the run comes from lane g mod lanes; batch k is rows [S_k, S_k + B_k), where B_k may grow at first (``BatchSchedule``). Rank r of W serves the
+lanes c with c mod W == r; its loader worker j owns every n-th of them.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from mlm_dist.data.batches import BatchSchedule, BatchWarmup
 from mlm_dist.data.block import BlockMaker, DataFault
 from mlm_dist.data.lanes import Chunk, LaneDataset, Lost, Plan
 from mlm_dist.data.order import Order, default_lanes
@@ -57,7 +58,7 @@ class DataConfig:
         packing: ``none`` (one piece a row), ``split`` (documents cut so that rows are full) or ``best_fit`` (pieces whole).
         long_documents: ``chunk`` (pieces of at most seq_len - 2 tokens) or ``truncate``.
         text_field: field of JSON members that holds the text.
-        lanes: number of lanes, fixed for the life of a run; null: min(global_batch, blocks // 16, 960), at least 1.
+        lanes: number of lanes, fixed for the life of a run; null: min(rows of the first batch, blocks // 16, 960), at least 1.
         workers: loader processes of each rank; 0 reads in the rank itself.
         max_bad_fraction: share of an epoch's documents that may be lost to faults before the run stops.
         allow_pipe: let manifests name shards as ``pipe:COMMAND``, which runs commands of whoever wrote the manifest.
@@ -189,12 +190,14 @@ class Stream:
     Attributes:
         makers: one for each corpus.
         weights: of the corpora, or None: each whole, once an epoch.
-        global_batch: rows of a batch, B.
+        global_batch: rows of a batch, with ``warmup`` once they have grown.
         micro_batch: most rows of a micro-batch.
         epochs: after which lanes end, or None for an endless stream.
         workers: loader processes; changes nothing in the data.
         flat: micro-batches are flat (see ``Rows.collate``).
         one_shape: every micro-batch is filled up to micro_batch rows of seq_len tokens.
+        warmup: how batches grow, or None.
+        schedule: the rows of every batch.
     """
 
     makers: Sequence[BlockMaker]
@@ -208,14 +211,19 @@ class Stream:
     weights: Sequence[float] | None = None
     flat: bool = False
     one_shape: bool = False
+    warmup: BatchWarmup | None = None
     order: Order = field(init=False, repr=False)
-    _counts: dict[int, np.ndarray] = field(init=False, repr=False, default_factory=dict)
+    schedule: BatchSchedule = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = [maker.sizes() for maker in self.makers]
         first = self.makers[0]
         blocks = Order(sizes, 1, first.seed, self.weights, first.shuffle).count(0)
-        self.lanes = self.lanes or default_lanes(self.global_batch, blocks)
+        if self.warmup is None:
+            self.schedule = BatchSchedule.constant(self.global_batch)
+        else:
+            self.schedule = BatchSchedule.growing(self.warmup, self.global_batch, first.seq_len)
+        self.lanes = self.lanes or default_lanes(self.schedule.smallest, blocks)
         self.order = Order(sizes, self.lanes, first.seed, self.weights, first.shuffle)
 
     @property
@@ -229,20 +237,21 @@ class Stream:
 
     def rank_counts(self, step: int) -> np.ndarray:
         """Rows of every rank in batch ``step``, int64 [world_size]."""
-        first = step * self.global_batch % self.order.lanes
-        if first not in self._counts:
-            lanes = np.arange(first, first + self.global_batch) % self.order.lanes
-            self._counts[first] = np.bincount(lanes % self.world_size, minlength=self.world_size)
-        return self._counts[first]
+        lanes = self.order.lanes
+        rounds, rest = divmod(self.schedule.size(step), lanes)
+        of_rank = np.bincount(np.arange(lanes) % self.world_size, minlength=self.world_size)
+        over = (self.schedule.first(step) + np.arange(rest)) % lanes
+        return rounds * of_rank + np.bincount(over % self.world_size, minlength=self.world_size)
 
     def micro_batches(self, step: int) -> int:
         """Micro-batches of every rank in batch ``step``: enough for the rank with most rows."""
         return -(-int(self.rank_counts(step).max()) // self.micro_batch)
 
     def fill(self) -> float:
-        """Share of a batch's micro-batch places that hold a row, over the ranks, averaged over batches."""
+        """Share of a batch's micro-batch places that hold a row, over the ranks, averaged over batches of ``global_batch`` rows."""
         steps = self.order.lanes // int(np.gcd(self.global_batch, self.order.lanes))
-        places = sum(self.micro_batches(k) for k in range(steps)) * self.micro_batch * self.world_size
+        start = self.schedule.full_from
+        places = sum(self.micro_batches(start + k) for k in range(steps)) * self.micro_batch * self.world_size
         return steps * self.global_batch / places
 
     def batches(
@@ -260,7 +269,7 @@ class Stream:
                 f"data.lanes: the checkpoint has {len(cursors)} lanes, this run {self.order.lanes}; lanes are fixed for the life of a run."
             )
         lanes = list(range(self.rank, self.order.lanes, self.world_size))
-        chunks = self._chunks(lanes, start * self.global_batch, cursors, lost)
+        chunks = self._chunks(lanes, self.schedule.first(start), cursors, lost)
         buffer: Chunk | None = None
         step = start
         while True:
@@ -270,7 +279,7 @@ class Stream:
                 parts.append(next(chunks))
             whole = Chunk.merge(parts) if len(parts) > 1 else (parts[0] if parts else self._no_rows())
             mine, buffer = whole.slice(0, need), whole.slice(need, len(whole.rows))
-            assert not len(mine.index) or mine.index[-1] < (step + 1) * self.global_batch
+            assert not len(mine.index) or mine.index[-1] < self.schedule.first(step + 1)
             # Rows are in order, so a lane's last cursor is the one that stays.
             cursors = cursors.copy()
             cursors[mine.index % self.order.lanes] = mine.cursors
@@ -295,7 +304,7 @@ class Stream:
         return Chunk.of([], [], self._plan(frozenset()))
 
     def _plan(self, lost: Lost) -> Plan:
-        return Plan(self.makers, self.order, self.epochs, self.global_batch, lost)
+        return Plan(self.makers, self.order, self.epochs, self.schedule, lost)
 
     def _chunks(self, lanes: list[int], first_row: int, cursors: np.ndarray, lost: Lost) -> Iterator[Chunk]:
         if not lanes:
@@ -348,6 +357,7 @@ def open_stream(
     rank: int,
     world_size: int,
     epochs: int | None,
+    warmup: BatchWarmup | None = None,
     validation: bool = False,
 ) -> Stream:
     """The stream of the makers' corpora under the ``data`` section; for ``validation`` in natural order, with lanes of its own."""
@@ -361,4 +371,5 @@ def open_stream(
         epochs=epochs,
         lanes=None if validation else data.lanes,
         weights=None if validation else data.weights(),
+        warmup=warmup,
     )

@@ -27,7 +27,7 @@ HIDDEN = torch.finfo(torch.float16).min
 # Rows that are widened at a time.
 ROWS = 64
 # The parts of a run's identity that its rows depend on.
-IDENTITY = ("run.", "data.", "mask.", "train.global_batch")
+IDENTITY = ("run.seed", "data.", "mask.", "train.global_batch", "train.batch_")
 
 
 def masked_lm_loss(
@@ -175,7 +175,7 @@ class MaskedLanguageDataset(IterableDataset[dict[str, torch.Tensor]]):
             raise TypeError(
                 "a dataset that ends after epochs has no length: only reading tells how many rows they hold"
             )
-        return self.steps * self.stream.global_batch
+        return self.stream.schedule.first(self.steps)
 
     def set_epoch(self, epoch: int) -> None:
         """What trainers call before an iteration: it is to be number ``epoch``, from 0."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.model import pretrained
+from mlm_dist.model import from_run, pretrained
 from mlm_dist.model.new_tokens import NewTokens, add_tokens
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class ModelConfig:
     """The section `model` of a run's configuration.
 
     Attributes:
-        init: `config` for new weights, `pretrained` for those of a checkpoint.
-        name_or_path: with `pretrained`, a directory in transformers' format or a name on the Hugging Face hub.
+        init: `config` for new weights, `pretrained` for those of a checkpoint in transformers' format, `run` for those of another run.
+        name_or_path: with `pretrained`, a directory in transformers' format or a name on the Hugging Face hub; with `run`, a run
+            directory (its newest checkpoint counts) or a checkpoint in one.
         config: with `config`, sizes by their BertConfig names; absent ones are BERT-base's, and `vocab_size` the
             tokenizer's.
         attention: back end; `auto` takes the fastest that is right on the device. `varlen` computes real tokens only,
@@ -56,7 +57,7 @@ class ModelConfig:
         compile: let torch.compile fuse the encoder layers.
     """
 
-    init: Literal["config", "pretrained"] = "config"
+    init: Literal["config", "pretrained", "run"] = "config"
     name_or_path: str | None = None
     config: dict[str, Any] | None = None
     attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
@@ -98,7 +99,7 @@ def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int) 
             values.setdefault("vocab_size", vocab_size)
     else:
         assert cfg.name_or_path is not None
-        values = pretrained.read_config(cfg.name_or_path)
+        values = (from_run if cfg.init == "run" else pretrained).read_config(cfg.name_or_path)
         _check_values(values, f"model.name_or_path {cfg.name_or_path}")
     for key, value in (
         ("hidden_dropout_prob", cfg.hidden_dropout),
@@ -152,9 +153,10 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Mapping[str, int]) -> None:
     Raises:
         UserError: the first token that differs.
     """
-    if cfg.init != "pretrained" or cfg.name_or_path is None:
+    if cfg.init == "config" or cfg.name_or_path is None:
         return
-    theirs = pretrained.read_vocabulary(cfg.name_or_path)
+    place = str(from_run.directory(cfg.name_or_path) / "tokenizer") if cfg.init == "run" else cfg.name_or_path
+    theirs = pretrained.read_vocabulary(place)
     if theirs is None:
         return
     ours = {index: token for token, index in vocabulary.items()}
@@ -162,8 +164,7 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Mapping[str, int]) -> None:
         if ours.get(index) != theirs.get(index):
             raise UserError(
                 f"data.tokenizer is not the one of model.name_or_path {cfg.name_or_path}: token {index} is "
-                f"{ours.get(index)!r} in the first and {theirs.get(index)!r} in the second; set data.tokenizer to "
-                f"{cfg.name_or_path}"
+                f"{ours.get(index)!r} in the first and {theirs.get(index)!r} in the second; set data.tokenizer to {place}"
             )
 
 
@@ -218,11 +219,12 @@ def build(
             model = BertForMaskedLM(config)
         else:
             assert cfg.name_or_path is not None
+            source = from_run if cfg.init == "run" else pretrained
             if new_tokens is None:
-                model = pretrained.load(cfg.name_or_path, config)
+                model = source.load(cfg.name_or_path, config)
             else:
                 stored = load_config(cfg, vocab_size=None, pad_token_id=config.pad_token_id)
-                model = pretrained.load(cfg.name_or_path, stored)
+                model = source.load(cfg.name_or_path, stored)
                 add_tokens(model, new_tokens)
     assert model.config.vocab_size == config.vocab_size
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -252,18 +254,20 @@ def flops_per_token(config: "BertConfig", *, attended: float, selected: float) -
 
 
 def _check_section(cfg: ModelConfig) -> None:
-    if cfg.init not in ("config", "pretrained"):
-        raise UserError(f"model.init: {cfg.init!r} is unknown; it must be config or pretrained")
+    if cfg.init not in ("config", "pretrained", "run"):
+        raise UserError(f"model.init: {cfg.init!r} is unknown; it must be config, pretrained or run")
     check_attention(cfg.attention)
     if cfg.head not in ("torch", "liger"):
         raise UserError(f"model.head: {cfg.head!r} is unknown; it must be torch or liger")
     if cfg.head_chunk < 1:
         raise UserError(f"model.head_chunk: {cfg.head_chunk} must be at least 1 position; 2048 is usual")
+    if cfg.init == "run" and not cfg.name_or_path:
+        raise UserError("model.name_or_path is missing: model.init run needs a run directory or one of its checkpoints")
     if cfg.init == "pretrained" and not cfg.name_or_path:
         raise UserError("model.name_or_path is missing: model.init pretrained needs a directory or a name on the hub")
-    if cfg.init == "pretrained" and cfg.config:
+    if cfg.init != "config" and cfg.config:
         raise UserError(
-            f"model.config {cfg.config} has no use with model.init pretrained, whose sizes come from model.name_or_path"
+            f"model.config {cfg.config} has no use with model.init {cfg.init}, whose sizes come from model.name_or_path"
             f" {cfg.name_or_path}; leave one out"
         )
     if cfg.init == "config" and cfg.name_or_path:

@@ -46,13 +46,14 @@ _ENCODER = ("bert.", "embeddings.", "encoder.")
 _HEAD = "cls.predictions."
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """The BertConfig values of the checkpoint `name`, a directory or a name on the Hugging Face hub. Reads no weights.
+def read_config(name: str, weights: bool = True) -> dict[str, Any]:
+    """The BertConfig values of the checkpoint `name`, a directory or a name on the Hugging Face hub. Reads no weights,
+    but with `weights` sees that a directory has them.
 
     Raises:
         UserError: it is missing, unreachable, damaged or not a BERT encoder with tied embeddings.
     """
-    values = _read_directory(name) if _is_path(name) else _read_hub(name)
+    values = _read_directory(name, weights) if _is_path(name) else _read_hub(name)
     kind = values.get("model_type")
     if kind != "bert":
         raise UserError(f"model.name_or_path: {name} is a model of type {kind!r}, not 'bert'")
@@ -158,7 +159,7 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/") or Path(name).exists()
 
 
-def _read_directory(name: str) -> dict[str, Any]:
+def _read_directory(name: str, weights: bool) -> dict[str, Any]:
     directory = Path(name).expanduser()
     if not directory.exists():
         raise UserError(
@@ -175,7 +176,7 @@ def _read_directory(name: str) -> dict[str, Any]:
         raise UserError(f"model.name_or_path: {path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"model.name_or_path: {path} holds a {type(values).__name__}, not a model's configuration")
-    if not any((directory / file).is_file() for file in _WEIGHT_FILES):
+    if weights and not any((directory / file).is_file() for file in _WEIGHT_FILES):
         raise UserError(f"model.name_or_path: {name} holds no weights; it must have one of {', '.join(_WEIGHT_FILES)}")
     return values
 

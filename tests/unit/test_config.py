@@ -274,6 +274,9 @@ def test_identity_is_what_the_data_and_the_weights_depend_on(tmp_path: Path) -> 
         differs = {k for k, v in other.identity("manifest-print", "tokenizer-print").items() if v != mine[k]}
         assert differs == {key.replace("__", ".")}
         assert other.guarded() == base.guarded()
+    growing = changed(base, train__batch_start=1, train__batch_warmup_tokens=1000, run__branch_from="runs/base")
+    differs = {k for k, v in growing.identity("manifest-print", "tokenizer-print").items() if v != mine[k]}
+    assert differs == {"train.batch_start", "train.batch_warmup_tokens", "run.branch_from"}
 
 
 def test_what_may_change_freely_is_neither_identity_nor_guarded(tmp_path: Path) -> None:
@@ -298,12 +301,24 @@ def test_what_may_change_freely_is_neither_identity_nor_guarded(tmp_path: Path) 
 
 def test_guarded_keys(tmp_path: Path) -> None:
     base = read(save(tmp_path, run={"dir": str(tmp_path)}))
-    other = changed(base, optim__lr=0.5, train__steps=99, optim__schedule="constant", optim__warmup=0.5)
+    other = changed(
+        base,
+        optim__lr=0.5,
+        train__steps=99,
+        optim__schedule="wsd",
+        optim__warmup=0.5,
+        optim__decay=0.2,
+        optim__decay_shape="sqrt",
+        optim__final=0.1,
+    )
     assert {k for k, v in other.guarded().items() if v != base.guarded()[k]} == {
         "optim.lr",
         "train.steps",
         "optim.schedule",
         "optim.warmup",
+        "optim.decay",
+        "optim.decay_shape",
+        "optim.final",
     }
 
 

@@ -62,7 +62,7 @@ def test_vocabulary_in_the_config_wins_and_the_section_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        (ModelConfig(init="confg", config=SIZES), r"model\.init: 'confg'.*config or pretrained"),
+        (ModelConfig(init="confg", config=SIZES), r"model\.init: 'confg'.*config, pretrained or run"),
         (ModelConfig(config=SIZES, attention="flash"), r"model\.attention: 'flash'.*auto, varlen, sdpa, eager"),
         (ModelConfig(), r"model\.config is missing"),
         (ModelConfig(config={}), r"model\.config is missing"),

@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate."""
+"""Parameter groups and settings."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
+from transformers import BertConfig, BertForMaskedLM
 
 from mlm_dist.errors import UserError
-from mlm_dist.optim import OptimConfig, Schedule, build_adamw, lr_factor, param_groups
+from mlm_dist.optim import OptimConfig, build_adamw, param_groups
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +42,6 @@ def test_adamw_gets_the_settings(bert: BertForMaskedLM) -> None:
     for group, decay in zip(optimizer.param_groups, (0.2, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-6)
         assert group["weight_decay"] == decay
-
-
-@given(steps=st.integers(1, 300), warmup=st.integers(1, 300))
-def test_linear_in_steps_is_the_schedule_of_transformers(steps: int, warmup: int) -> None:
-    warmup = min(warmup, steps)
-    reference = get_linear_schedule_with_warmup(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), warmup, steps)
-    (expected,) = reference.lr_lambdas
-    for step in range(steps):
-        got = lr_factor(step, step / steps, warmup=float(warmup), schedule="linear")
-        # 1.0 is a fraction of nothing, so one step of warm-up stays in steps.
-        assert got == pytest.approx(expected(step), abs=1e-9)
-
-
-@given(
-    step=st.integers(0, 10_000),
-    progress=st.floats(0, 1),
-    warmup=st.one_of(st.floats(0, 0.999), st.integers(1, 20_000).map(float)),
-    schedule=st.sampled_from(["linear", "constant"]),
-)
-def test_the_factor_is_always_between_0_and_1(step: int, progress: float, warmup: float, schedule: Schedule) -> None:
-    assert 0.0 <= lr_factor(step, progress, warmup=warmup, schedule=schedule) <= 1.0
-
-
-def test_a_fraction_warms_up_over_that_part_of_the_run() -> None:
-    points = (0.0, 0.05, 0.1, 0.55, 1.0)
-    linear = [lr_factor(0, p, warmup=0.1, schedule="linear") for p in points]
-    assert linear == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
-    constant = [lr_factor(0, p, warmup=0.1, schedule="constant") for p in points]
-    assert constant == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
-    assert lr_factor(0, 0.0, warmup=0.0, schedule="linear") == 1.0
 
 
 @pytest.mark.parametrize(

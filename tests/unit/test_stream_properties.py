@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from mlm_dist.data import lanes
+from mlm_dist.data.batches import BatchWarmup
 from mlm_dist.data.block import BlockMaker
 from mlm_dist.data.inspect import digests
 from mlm_dist.data.manifest import Manifest
@@ -34,6 +35,7 @@ class Case:
     seq_len: int
     packing: str
     batch: int
+    warmup: BatchWarmup | None
     lanes: int
     seed: int
     mask: MaskConfig
@@ -73,7 +75,12 @@ def cases(draw: st.DrawFn) -> Case:
         )
     if not any(text.strip() for texts in corpora for text in texts):
         corpora[0][0] = "the of and"
-    batch = draw(st.integers(1, 9))
+    seq_len = draw(st.sampled_from([8, 17, 64]))
+    batch = smallest = draw(st.integers(1, 9))
+    warmup = None
+    if draw(st.booleans()):
+        batch *= draw(st.integers(2, 4))
+        warmup = BatchWarmup(smallest, draw(st.integers(1, 10 * batch * seq_len)))
     schedule = draw(st.booleans())
     return Case(
         corpora=corpora,
@@ -81,10 +88,11 @@ def cases(draw: st.DrawFn) -> Case:
         shards=draw(st.integers(1, 4)),
         per_member=draw(st.integers(1, 6)),
         members_per_block=draw(st.integers(1, 3)),
-        seq_len=draw(st.sampled_from([8, 17, 64])),
+        seq_len=seq_len,
         packing=draw(st.sampled_from(["none", "split", "best_fit"])),
         batch=batch,
-        lanes=draw(st.integers(1, batch)),
+        warmup=warmup,
+        lanes=draw(st.integers(1, smallest)),
         seed=draw(st.integers(0, 2**60)),
         mask=MaskConfig(
             strategy=draw(st.sampled_from(["token", "mask_only", "whole_word", "span"])),
@@ -151,6 +159,7 @@ def ranks(
             epochs=case.epochs,
             lanes=case.lanes,
             weights=case.weights,
+            warmup=case.warmup,
         )
         batches = stream.batches(start, cursors)
         out.append([next(batches) for _ in range(start, stop)])
@@ -159,11 +168,16 @@ def ranks(
 
 
 def whole(parts: list[list[Batch]]) -> list[tuple[str, str, int]]:
-    """Digests and corpus bytes of every global batch."""
+    """Digests and corpus bytes of every global batch, whose rows must be those that come next in the run."""
     out = []
+    following: int | None = None
     for batches in zip(*parts, strict=True):
         rows = Rows.concat([b.rows for b in batches])
-        order = np.argsort(np.concatenate([b.index for b in batches]))
+        index = np.concatenate([b.index for b in batches])
+        order = np.argsort(index)
+        first = int(index.min()) if following is None else following
+        following = first + len(index)
+        assert index[order].tolist() == list(range(first, following))
         live = np.concatenate([b.live for b in batches])
         out.append((*digests(rows.take(order[live[order]])), sum(b.bytes for b in batches)))
     return out
@@ -202,7 +216,7 @@ def test_every_token_as_often_as_there_are_epochs(tokenizer: TextTokenizer, case
     case.epochs, case.weights = case.epochs or 1, None
     with tempfile.TemporaryDirectory() as directory:
         made = makers(case, Path(directory), tokenizer)
-        stream = Stream(made, case.batch, 3, epochs=case.epochs, lanes=case.lanes)
+        stream = Stream(made, case.batch, 3, epochs=case.epochs, lanes=case.lanes, warmup=case.warmup)
         got: Counter[int] = Counter()
         for batch in stream.batches():
             if not batch.live.any():
