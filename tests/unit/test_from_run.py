@@ -9,13 +9,15 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from mlm_dist.checkpoint import CheckpointConfig, Writer
+from mlm_dist.config import Config
 from mlm_dist.errors import UserError
+from mlm_dist.inputs import Inputs
 from mlm_dist.model import bert
 from mlm_dist.model.bert import ModelConfig
-from tests.corpora import save_tokenizer
+from tests.corpora import documents, save_corpus, save_tokenizer
 
 SIZES = {
-    "vocab_size": 76,
+    "vocab_size": 80,
     "hidden_size": 8,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -38,7 +40,7 @@ def save_run(path: Path, steps: list[int]) -> dict[int, BertForMaskedLM]:
 
 
 def built(section: ModelConfig) -> BertForMaskedLM:
-    return bert.build(section, bert.load_config(section, vocab_size=76, pad_token_id=0), seed=0)
+    return bert.build(section, bert.load_config(section, vocab_size=80, pad_token_id=0), seed=0)
 
 
 def assert_same(one: BertForMaskedLM, other: BertForMaskedLM) -> None:
@@ -66,17 +68,17 @@ def test_the_newest_whole_checkpoint_or_the_one_that_is_named(tmp_path: Path) ->
 def test_what_is_no_run_is_refused_before_any_weight_is_read(tmp_path: Path) -> None:
     section = ModelConfig(init="run", name_or_path=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"model.name_or_path: .*nowhere is no run"):
-        bert.load_config(section, vocab_size=76, pad_token_id=0)
+        bert.load_config(section, vocab_size=80, pad_token_id=0)
     BertConfig(**SIZES).save_pretrained(tmp_path / "model")
     section = replace(section, name_or_path=str(tmp_path))
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        bert.load_config(section, vocab_size=76, pad_token_id=0)
+        bert.load_config(section, vocab_size=80, pad_token_id=0)
     for wrong, message in (
         (replace(section, name_or_path=None), "model.name_or_path is missing"),
         (replace(section, config=SIZES), "has no use with model.init run"),
     ):
         with pytest.raises(UserError, match=message):
-            bert.load_config(wrong, vocab_size=76, pad_token_id=0)
+            bert.load_config(wrong, vocab_size=80, pad_token_id=0)
 
 
 def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
@@ -99,3 +101,29 @@ def test_the_tokenizer_must_be_the_runs(tmp_path: Path) -> None:
     swapped = {**vocabulary, "the": vocabulary["of"], "of": vocabulary["the"]}
     with pytest.raises(UserError, match=r"set data\.tokenizer to .*tokenizer"):
         bert.check_vocabulary(section, swapped)
+
+
+def test_the_source_is_needed_until_the_run_or_its_base_has_a_checkpoint(tmp_path: Path) -> None:
+    manifest = save_corpus(tmp_path / "corpus", documents(20))
+    save_tokenizer(tmp_path / "tokenizer")
+
+    def config(branch_from: str | None = None) -> Config:
+        made = Config()
+        made.run.dir, made.run.name, made.run.branch_from = str(tmp_path), "mine", branch_from
+        made.data.manifest, made.data.tokenizer, made.data.seq_len = str(manifest), str(tmp_path / "tokenizer"), 32
+        made.model.init, made.model.name_or_path = "run", str(tmp_path / "source")
+        made.train.steps = 3
+        made.check()
+        return made
+
+    save_run(tmp_path / "source", [3])
+    (tmp_path / "mine").mkdir()  # begun, but killed before its first checkpoint
+    assert Inputs(config(), 1).bert_config.max_position_embeddings == 40
+    (tmp_path / "source").rename(tmp_path / "base")
+    with pytest.raises(UserError, match="source is no run"):
+        Inputs(config(), 1)
+    for base in ("base", "base/checkpoints/step_00000003"):
+        assert Inputs(config(str(tmp_path / base)), 1).bert_config.max_position_embeddings == 40
+    (tmp_path / "mine").rmdir()
+    (tmp_path / "base").rename(tmp_path / "mine")
+    assert Inputs(config(), 1).bert_config.max_position_embeddings == 40
