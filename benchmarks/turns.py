@@ -102,7 +102,12 @@ class Turns:
 
     def trained(self, counts: Counts) -> bool:
         """A step is done. Returns whether to take another one."""
-        self.total, self._turn, self._steps = self.total + counts, self._turn + counts, self._steps + 1
+        self.total += counts
+        if self._cold:
+            self._synchronize()
+            self._restart()
+            return True
+        self._turn, self._steps = self._turn + counts, self._steps + 1
         if "steps" in self._order:
             over = self._steps >= self._order["steps"]
         else:
@@ -147,14 +152,21 @@ class Turns:
 
     def _next(self) -> bool:
         self._order = self._orders()
-        self._turn, self._steps = Counts(0, 0, 0, 0), 0
-        self._spans: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._since, self._cpu_since = time.perf_counter(), time.process_time()
+        self._restart()
+        # The first step of a turn allocates again what was given to the others, so it is not timed.
+        self._cold = self._device.type == "cuda"
         if "end" not in self._order:
             return True
         self.memory_mb = self.memory.peak_mb()
         return False
+
+    def _restart(self) -> None:
+        """The time and the counts of a turn begin here."""
+        self._cold = False
+        self._turn, self._steps = Counts(0, 0, 0, 0), 0
+        self._spans: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
