@@ -267,6 +267,7 @@ class Inputs(DataInputs):
             precision=config.train.precision,
             clip=config.train.clip,
             micro_batch=config.train.micro_batch,
+            optimizer=config.optim.name,
         )
         model = self._model_section()
         self.bert_config = bert.load_config(
