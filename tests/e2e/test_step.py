@@ -8,29 +8,28 @@ import pytest
 from mlm_dist.config import load
 from mlm_dist.errors import UserError
 from mlm_dist.inputs import Inputs
-from tests.e2e.program import Program, losses, save_config
+from tests.e2e.program import losses, save_config
 from tests.ranks import run_ranks
 
 PLAIN = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 
 
-def test_a_compiled_run_is_the_plain_run(tmp_path: Path) -> None:
-    config = save_config(tmp_path, model=PLAIN, deepspeed={"config": "zero3"}, train={"steps": 4})
-    Program(config, flags=["--run.name", "plain", "--deepspeed.config", "zero0"]).start().finish()
-    args: dict[str, Any] = {"config": str(config), "flags": ["--model.compile", "true"], "breaks_on": []}
-    assert run_ranks("tests.dist.step_cases:program", 2, args, timeout=200) == [[], []]
-    plain, compiled = (losses(tmp_path / "runs" / name) for name in ("plain", "run"))
-    assert len(plain) == 4
-    assert compiled == pytest.approx(plain, abs=1e-5, rel=0)
+def test_a_compiled_run_is_the_plain_run_and_no_rank_compiles_alone(tmp_path: Path) -> None:
+    config = save_config(tmp_path, model=PLAIN | {"compile": True}, train={"steps": 3})
 
+    def run(name: str, template: str, breaks_on: list[int]) -> tuple[list[list[str]], dict[int, float]]:
+        flags = ["--run.name", name, "--deepspeed.config", template]
+        args: dict[str, Any] = {"config": str(config), "flags": flags, "breaks_on": breaks_on}
+        warnings = run_ranks("tests.dist.step_cases:program", 2, args, timeout=200)
+        return warnings, losses(tmp_path / "runs" / name)
 
-def test_a_rank_that_cannot_compile_is_followed_by_all(tmp_path: Path) -> None:
-    config = save_config(tmp_path, model=PLAIN, train={"steps": 2})
-    args: dict[str, Any] = {"config": str(config), "flags": ["--model.compile", "true"], "breaks_on": [1]}
-    (warning,), nothing = run_ranks("tests.dist.step_cases:program", 2, args, timeout=200)
+    warnings, compiled = run("compiled", "zero3", [])
+    assert warnings == [[], []]
+    ((warning,), nothing), plain = run("plain", "zero1", [1])
     assert warning.startswith("warning: model.compile: the encoder layers run uncompiled, on all ranks (rank 1: ")
     assert nothing == []
-    assert len(losses(tmp_path / "runs" / "run")) == 2
+    assert len(plain) == 3
+    assert compiled == pytest.approx(plain, abs=1e-5, rel=0)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_running_out_of_memory_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_inductor_gives_the_plain_losses_and_the_same_dropout_from_the_same_seed() -> None:
     plain = MaskedLM(stock(torch.float32), "sdpa")
     module = copy.deepcopy(plain)
