@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from mlm_dist.errors import UserError
 from mlm_dist.optim import STATE_KEYS, OptimConfig, build_adamw, param_groups
 
-MicroBatch = dict[str, Tensor]
+# Tensors, and in a flat one an int.
+MicroBatch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,10 @@ class Engine:
         nn.functional.linear = self._linear
 
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in micro_batch.items()
+        }
 
     def _apply(self) -> tuple[float | Tensor, bool]:
         """Steps the optimizer unless the gradient is not finite; (norm before clipping, skipped)."""

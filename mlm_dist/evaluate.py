@@ -43,7 +43,7 @@ class Control(Protocol):
 
 
 def validate(
-    stream: Stream, forward: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]], control: Control
+    stream: Stream, forward: Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]], control: Control
 ) -> dict[str, float]:
     """Measure one epoch of ``stream``. Collective: every rank calls it; rank 0 gets the numbers, the others an empty dict.
 

@@ -4,13 +4,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from mlm_dist.data.stream import Batch
 
-MicroBatch = dict[str, torch.Tensor]
+# Tensors, and in a flat one an int.
+MicroBatch = dict[str, Any]
 # A thread that waits for slow storage when the run stops is left behind after this long; it ends with the process.
 JOIN_S = 5.0
 
@@ -74,10 +75,9 @@ class Feeder:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(fed.ready)
             for micro_batch in fed.micro_batches:
-                for tensor in micro_batch.values():
-                    tensor.record_stream(
-                        current
-                    )  # else its memory could be given away while this stream still reads it
+                for value in micro_batch.values():
+                    if isinstance(value, torch.Tensor):  # else its memory could be given away while it is read here
+                        value.record_stream(current)
         return fed.batch, fed.micro_batches
 
     def _prepare(self, batch: Batch) -> Fed:
@@ -86,7 +86,12 @@ class Feeder:
             return Fed(batch, micro_batches, None)
         with torch.cuda.stream(self._copies):
             micro_batches = [
-                {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in micro.items()}
+                {
+                    name: value.pin_memory().to(self._device, non_blocking=True)
+                    if isinstance(value, torch.Tensor)
+                    else value
+                    for name, value in micro.items()
+                }
                 for micro in micro_batches
             ]
             return Fed(batch, micro_batches, self._copies.record_event())

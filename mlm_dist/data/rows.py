@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,18 +117,31 @@ class Rows:
             selected=lengths,
         )
 
-    def collate(self, pad_id: int, multiple: int = 8) -> dict[str, torch.Tensor]:
-        """One micro-batch, padded to the longest row rounded up to ``multiple``.
+    def collate(
+        self, pad_id: int, multiple: int = 8, *, flat: bool = False, shape: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """One micro-batch.
+
+        Args:
+            multiple: a padded one is as wide as the longest row, rounded up to this.
+            flat: all tokens in one row, without padding.
+            shape: (rows, tokens of a row) that every micro-batch is filled up to with [PAD], for who wants one shape.
 
         Returns:
-            input_ids, position_ids, segment_ids: int64 [R, S] (segment 0 is padding, 1.. the row's segments, -1.. the [PAD] tokens that a row itself holds in
-            them; positions restart in each segment);
-            selected: int64 [M] indices into the flattened [R * S]; labels: int64 [M].
+            padded: input_ids, position_ids, segment_ids: int64 [R, S] (segment 0 is padding, 1.. the row's segments, -1.. the [PAD] tokens that a row itself
+            holds in them; positions restart in each segment); selected: int64 [M] indices into the flattened [R * S]; labels: int64 [M];
+            flat: input_ids, position_ids: int64 [1, T]; cu_seqlens: int32 [N + 1], bounds of the segments; max_length: tokens of the longest, an int;
+            selected: int64 [M] indices into T; labels: int64 [M]. Filling is cut into segments of its own, max_length is the row's.
         """
-        rows, width = len(self), -(-int(self.lengths.max()) // multiple) * multiple
-        inside = np.arange(width) < self.lengths[:, None]
+        labels = torch.from_numpy(self.labels.astype(np.int64))
         position = np.arange(len(self.ids)) - np.repeat(_starts(self.segment_lengths), self.segment_lengths)
-        segment = np.repeat(ranges(np.ones(rows, np.int64), self.segments), self.segment_lengths)
+        if flat:
+            return self._flat(pad_id, position, shape) | {"labels": labels}
+        rows, width = shape or (len(self), -(-int(self.lengths.max()) // multiple) * multiple)
+        lengths = np.zeros(rows, np.int64)
+        lengths[: len(self)] = self.lengths
+        inside = np.arange(width) < lengths[:, None]
+        segment = np.repeat(ranges(np.ones(len(self), np.int64), self.segments), self.segment_lengths)
         pads = self.ids == pad_id
         if pads.any():
             segment[pads] *= -1
@@ -137,11 +151,28 @@ class Rows:
             out[inside] = values
             return torch.from_numpy(out)
 
-        selected = self.positions + np.repeat(np.arange(rows, dtype=np.int64) * width, self.selected)
+        selected = self.positions + np.repeat(np.arange(len(self), dtype=np.int64) * width, self.selected)
         return {
             "input_ids": filled(self.ids, pad_id),
             "position_ids": filled(position, 0),
             "segment_ids": filled(segment, 0),
             "selected": torch.from_numpy(selected),
-            "labels": torch.from_numpy(self.labels.astype(np.int64)),
+            "labels": labels,
+        }
+
+    def _flat(self, pad_id: int, position: np.ndarray, shape: tuple[int, int] | None) -> dict[str, Any]:
+        assert not (self.ids == pad_id).any(), "a [PAD] that sees its row cannot be told from the row in flat arrays"
+        tokens, longest = (shape[0] * shape[1], shape[1]) if shape else (len(self.ids), int(self.segment_lengths.max()))
+        fill = tokens - len(self.ids)
+        pieces = np.full(-(-fill // longest), longest, np.int64)
+        if fill:
+            pieces[-1] = fill - longest * (len(pieces) - 1)
+        ends = np.cumsum(np.concatenate([[0], self.segment_lengths, pieces]), dtype=np.int32)
+        selected = self.positions + np.repeat(_starts(self.lengths), self.selected)
+        return {
+            "input_ids": torch.from_numpy(np.pad(self.ids.astype(np.int64), (0, fill), constant_values=pad_id)[None]),
+            "position_ids": torch.from_numpy(np.pad(position, (0, fill))[None]),
+            "cu_seqlens": torch.from_numpy(ends),
+            "max_length": longest,
+            "selected": torch.from_numpy(selected),
         }

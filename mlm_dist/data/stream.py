@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from mlm_dist.data.block import BlockMaker, DataFault
@@ -192,6 +191,8 @@ class Stream:
         micro_batch: most rows of a micro-batch.
         epochs: after which lanes end, or None for an endless stream.
         workers: loader processes; changes nothing in the data.
+        flat: micro-batches are flat (see ``Rows.collate``).
+        one_shape: every micro-batch is filled up to micro_batch rows of seq_len tokens.
     """
 
     makers: Sequence[BlockMaker]
@@ -203,6 +204,8 @@ class Stream:
     epochs: int | None = None
     lanes: int | None = None
     weights: Sequence[float] | None = None
+    flat: bool = False
+    one_shape: bool = False
     order: Order = field(init=False, repr=False)
     _counts: dict[int, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
@@ -312,14 +315,21 @@ class Stream:
             # In order, the loader gives one message of each worker in turn.
             yield Chunk.merge([next(messages) for _ in range(workers)])
 
-    def collate(self, batch: Batch) -> list[dict[str, torch.Tensor]]:
-        """The batch as micro-batches of tensors (see ``Rows.collate``); a place without a row holds [CLS] [SEP] and no label."""
+    def collate(self, batch: Batch) -> list[dict[str, Any]]:
+        """The batch as micro-batches (see ``Rows.collate``); a place without a row holds [CLS] [SEP] and no label."""
+        size = self.micro_batch
+        return [self._collate(batch.rows.slice(i * size, (i + 1) * size)) for i in range(batch.micro_batches)]
+
+    def empty_micro_batch(self) -> dict[str, Any]:
+        """A micro-batch of one row without text or label."""
+        return self._collate(self._no_rows().rows)
+
+    def _collate(self, rows: Rows) -> dict[str, Any]:
         tok = self.tokenizer
-        rows, out = batch.rows, []
-        for i in range(batch.micro_batches):
-            part = rows.slice(i * self.micro_batch, (i + 1) * self.micro_batch)
-            out.append((part if len(part) else Rows.empty(1, tok.cls_id, tok.sep_id, tok.dtype)).collate(tok.pad_id))
-        return out
+        if not len(rows):
+            rows = Rows.empty(1, tok.cls_id, tok.sep_id, tok.dtype)
+        shape = (self.micro_batch, self.makers[0].seq_len) if self.one_shape else None
+        return rows.collate(tok.pad_id, flat=self.flat, shape=shape)
 
 
 def _as_is(chunk: Any) -> Any:

@@ -2,14 +2,108 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mlm_dist.errors import UserError
 from mlm_dist.model.bert import check_attention
+
+# Under this name `varlen` stands in transformers' attention interface.
+VARLEN = "mlm_varlen"
+
+
+def choose(
+    name: str,
+    *,
+    capability: tuple[int, int] | None,
+    half_precision: bool,
+    dropout: float,
+    head_size: int,
+    pads_see: bool,
+) -> tuple[str, str | None]:
+    """What `model.attention` comes to on this device, and what the user should hear of it.
+
+    Args:
+        name: `model.attention`.
+        capability: compute capability of the CUDA device, None without one.
+        half_precision: products are computed in bf16 or fp16, by autocast or since the weights are.
+        dropout: of the attention weights in training.
+        head_size: dimensions of an attention head.
+        pads_see: the rows hold [PAD] tokens that see a document and are not seen (`mask.labels: all_with_padding`).
+
+    Returns:
+        (`"varlen"`, or `name` for `resolve_attention` to look at again; a note or None).
+
+    Raises:
+        UserError: `varlen` is asked for and cannot be.
+    """
+    reasons = (
+        (capability is None, "there is no CUDA device"),
+        (
+            capability is not None and capability < (8, 0),
+            f"flash attention needs compute capability 8.0, not {capability}",
+        ),
+        (not half_precision, "train.precision is fp32, and flash attention computes in bf16 and fp16 only"),
+        (dropout > 0, f"it drops no attention weights, and model.attention_dropout is {dropout}; set it to 0.0"),
+        (head_size % 8 != 0 or head_size > 256, f"heads of {head_size} dimensions: it takes multiples of 8 up to 256"),
+        (pads_see, "mask.labels is all_with_padding, whose [PAD]s see tokens that do not see them"),
+    )
+    reason = next((text for holds, text in reasons if holds), None)
+    if check_attention(name) == "varlen" and reason is not None:
+        raise UserError(f"model.attention: 'varlen' is not possible: {reason}. Or use auto, which falls back to SDPA")
+    if name not in ("auto", "varlen") or (reason is not None and capability is None):
+        return name, None
+    if reason is None:
+        return "varlen", None
+    return name, (
+        f"attention goes through SDPA with a mask, which computes padding and pairs of tokens of different documents "
+        f"too; model.attention varlen would not, but {reason}"
+    )
+
+
+def register() -> None:
+    """Make `VARLEN` known to transformers. It takes no mask, so none is registered, and transformers makes none."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`torch.nn.attention.varlen.varlen_attn` as transformers' attention interface calls it.
+
+    Args:
+        query, key, value: [1, heads, T, dim], one row of all tokens; bf16 or fp16.
+        cu_seq_lens_q: int32 [N + 1], bounds of the segments; tokens see those of their own only.
+        max_length_q: tokens of the longest segment, or more.
+
+    Returns:
+        ([1, T, heads, dim], no weights).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert attention_mask is None and dropout == 0.0 and len(query) == 1
+    q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
+    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+    assert isinstance(out, Tensor)
+    return out[None], None
 
 
 def resolve_attention(name: str, *, device_type: str, dropout: float) -> str:
-    """The transformers back end (`"sdpa"` or `"eager"`) for `model.attention`.
+    """The transformers back end (`"sdpa"` or `"eager"`) of a padded micro-batch for `model.attention`.
 
     `dropout` is the attention dropout in force: 0 in evaluation. `"auto"` takes eager on a CPU that drops attention
     weights, where SDPA has no fused kernel and is several times slower (541 against 84 ms a step, 4 layers of 768), and

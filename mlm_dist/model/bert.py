@@ -11,7 +11,9 @@ from mlm_dist.model import pretrained
 if TYPE_CHECKING:
     from transformers import BertConfig, BertForMaskedLM
 
-ATTENTION_CHOICES = ("auto", "sdpa", "eager")
+ATTENTION_CHOICES = ("auto", "varlen", "sdpa", "eager")
+# Positions whose logits the head holds at a time: of 30,522 tokens in fp32 they are 250 MB.
+HEAD_CHUNK = 2048
 
 # What `model.config` may hold. Dropout is not here because `model.hidden_dropout` and `model.attention_dropout` own it
 # for every kind of start.
@@ -42,19 +44,27 @@ class ModelConfig:
         name_or_path: with `pretrained`, a directory in transformers' format or a name on the Hugging Face hub.
         config: with `config`, sizes by their BertConfig names; absent ones are BERT-base's, and `vocab_size` the
             tokenizer's.
-        attention: back end; `auto` takes the fastest that is right on the device.
+        attention: back end; `auto` takes the fastest that is right on the device. `varlen` computes real tokens only,
+            on CUDA in bf16 or fp16.
         attention_dropout: probability that replaces the one of the checkpoint (or BertConfig's 0.1).
         hidden_dropout: the same for the outputs of layers and embeddings.
         checkpoint_activations: recompute each layer in the backward pass rather than keep what it computed.
+        head: `torch`, or `liger` for liger-kernel's fused decoder and cross-entropy (CUDA, the extra `liger`).
+        head_chunk: selected positions whose logits are in memory at a time; beyond so many in a micro-batch the head is
+            computed twice.
+        compile: let torch.compile fuse the encoder layers.
     """
 
     init: Literal["config", "pretrained"] = "config"
     name_or_path: str | None = None
     config: dict[str, Any] | None = None
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     attention_dropout: float | None = None
     hidden_dropout: float | None = None
     checkpoint_activations: bool = False
+    head: Literal["torch", "liger"] = "torch"
+    head_chunk: int = HEAD_CHUNK
+    compile: bool = False
 
 
 def check_attention(name: str) -> str:
@@ -204,6 +214,10 @@ def _check_section(cfg: ModelConfig) -> None:
     if cfg.init not in ("config", "pretrained"):
         raise UserError(f"model.init: {cfg.init!r} is unknown; it must be config or pretrained")
     check_attention(cfg.attention)
+    if cfg.head not in ("torch", "liger"):
+        raise UserError(f"model.head: {cfg.head!r} is unknown; it must be torch or liger")
+    if cfg.head_chunk < 1:
+        raise UserError(f"model.head_chunk: {cfg.head_chunk} must be at least 1 position; 2048 is usual")
     if cfg.init == "pretrained" and not cfg.name_or_path:
         raise UserError("model.name_or_path is missing: model.init pretrained needs a directory or a name on the hub")
     if cfg.init == "pretrained" and cfg.config:

@@ -2,17 +2,109 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mlm_dist.model.attention import resolve_attention, score_dtype, segment_mask
-from mlm_dist.model.bert import check_attention
+from mlm_dist.errors import UserError
+from mlm_dist.model import attention as attentions
+from mlm_dist.model.bert import HEAD_CHUNK, check_attention
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
+
+
+def check_head(name: str, *, cuda: bool) -> None:
+    """UserError when `model.head` cannot be `name` here; `cuda`: the run trains on CUDA."""
+    if name != "liger":
+        return
+    if not cuda:
+        raise UserError("model.head: 'liger' has kernels for CUDA only, and there is no CUDA device; use torch")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "model.head: 'liger' needs the package liger-kernel: pip install 'mlm-dist[liger]', or use torch"
+        )
+
+
+class Head(nn.Module):
+    """BERT's masked-LM head with its loss, in the place of stock `cls`: dense layer, activation, norm, decoder.
+
+    The selected positions are taken in chunks, and of more than one chunk the backward pass computes each again, so
+    that the logits of one chunk, not of all positions, are in memory. A single chunk is computed once.
+
+    Under ZeRO-3 this module owns none of the weights that it uses: DeepSpeed finds them at their first use, registers
+    them as external parameters of this module, and gathers them around its forward and its backward. The parts are
+    used by their `forward`, not called, since a hook of theirs would gather once a chunk, and ranks with other numbers
+    of chunks would wait for each other for ever.
+    """
+
+    def __init__(self, predictions: nn.Module, kind: str = "torch", chunk: int = HEAD_CHUNK) -> None:
+        """
+        Args:
+            predictions: stock `cls.predictions`.
+            kind: `torch`, or `liger` for liger-kernel's fused product and cross-entropy (see `check_head`).
+            chunk: most positions whose logits `torch` holds at a time.
+        """
+        super().__init__()
+        self.predictions = predictions
+        self.kind, self.chunk = kind, chunk
+
+    def forward(
+        self, hidden: Tensor, selected: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Sum of the cross-entropies at `selected` (int64 [M], rows of `hidden` [T, H]) against `labels` (int64 [M]),
+        and how many are predicted right: (fp32 scalar, fp64 for fp64 weights; int64 scalar).
+
+        With `hidden` alone, the scores of all of it, as stock BERT calls its head.
+        """
+        if selected is None or labels is None:
+            scores: Tensor = self.predictions(hidden)
+            return scores
+        if self.kind == "liger" and len(labels):
+            return self._fused(hidden.index_select(0, selected), labels)
+        parts = list(zip(selected.split(self.chunk), labels.split(self.chunk), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            sums = [self._part(hidden, *part) for part in parts]
+        else:  # nothing random in the head
+            sums = [checkpoint(self._part, hidden, *p, use_reentrant=False, preserve_rng_state=False) for p in parts]
+        losses, corrects = zip(*sums, strict=True)
+        return torch.stack(losses).sum(), torch.stack(corrects).sum()
+
+    def _part(self, hidden: Tensor, selected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        decoder = self.predictions.get_submodule("decoder")
+        logits = decoder.forward(self._transformed(hidden.index_select(0, selected)))
+        loss = F.cross_entropy(logits.to(_wide(logits)), labels, reduction="sum")
+        # After the loss: a second computation, of a chunk, ends where the backward pass has what it needs.
+        with torch.no_grad():
+            return loss, (logits.argmax(-1) == labels).sum()
+
+    def _transformed(self, hidden: Tensor) -> Tensor:
+        transform = self.predictions.get_submodule("transform")
+        for name in ("dense", "transform_act_fn", "LayerNorm"):
+            hidden = transform.get_submodule(name).forward(hidden)
+        return hidden
+
+    def _fused(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        decoder = self.predictions.get_submodule("decoder")
+        out = liger_fused_linear_cross_entropy(
+            self._transformed(hidden),
+            decoder.weight,
+            labels,
+            bias=decoder.bias,
+            reduction="sum",
+            return_predicted_tokens=True,
+        )
+        return out.loss, (out.predicted_tokens == labels).sum()
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 class MaskedLM(nn.Module):
@@ -22,50 +114,86 @@ class MaskedLM(nn.Module):
     logits of all tokens are never built. The sum, not the mean, is returned because the mean over a global batch needs
     the global count, and a mean over no position is NaN.
 
-    The weights stay stock: state names are those of `BertForMaskedLM` with the prefix `model.`, and every weight is
-    used through the module that owns it, so that ZeRO-3 can gather it there.
+    The weights stay stock: state names are those of `BertForMaskedLM` with the prefix `model.`.
     """
 
-    def __init__(self, model: BertForMaskedLM, attention: str = "auto") -> None:
+    def __init__(
+        self, model: BertForMaskedLM, attention: str = "auto", head: str = "torch", head_chunk: int = HEAD_CHUNK
+    ) -> None:
+        """
+        Args:
+            model: its `cls` is replaced by a `Head` over the same weights.
+            attention: `model.attention`, or what `attention.choose` made of it.
+            head, head_chunk: see `Head`.
+        """
         super().__init__()
+        attentions.register()
+        model.cls = Head(model.cls.predictions, head, head_chunk)
         self.model = model
         self.attention = check_attention(attention)
+        self.compiled = False
 
-    def encode(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    def encode(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
+    ) -> Tensor:
         """Last hidden states [B, S, hidden] of int64 [B, S] inputs; segments do not see each other. See `forward`."""
         device_type = input_ids.device.type
         config = self.model.config
         dropout = config.attention_probs_dropout_prob if self.training else 0.0
-        attention = resolve_attention(self.attention, device_type=device_type, dropout=dropout)
+        if cu_seqlens is not None:
+            attention = attentions.VARLEN
+            if self.compiled:  # how many segments there are must not be a reason to compile again
+                torch._dynamo.mark_dynamic(cu_seqlens, 0)
+            inputs = {
+                "cu_seq_lens_q": cu_seqlens,
+                "cu_seq_lens_k": cu_seqlens,
+                "max_length_q": max_length,
+                "max_length_k": max_length,
+            }
+        else:
+            assert segment_ids is not None and self.attention != "varlen"
+            attention = attentions.resolve_attention(self.attention, device_type=device_type, dropout=dropout)
+            dtype = attentions.score_dtype(self.model.dtype, device_type)
+            inputs = {"attention_mask": attentions.segment_mask(segment_ids, dtype)}
         if config._attn_implementation != attention:
             self.model.set_attn_implementation(attention)
-        mask = segment_mask(segment_ids, score_dtype(self.model.dtype, device_type))
-        hidden: Tensor = self.model.bert(input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+        hidden: Tensor = self.model.bert(input_ids, position_ids=position_ids, **inputs).last_hidden_state
         return hidden
 
-    def logits(self, hidden: Tensor, selected: Tensor) -> Tensor:
-        """Scores [M, vocabulary] of the flat positions `selected` (int64 [M], into B*S) of `hidden` [B, S, hidden]."""
-        scores: Tensor = self.model.cls(hidden.flatten(0, 1).index_select(0, selected))
-        return scores
-
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, selected: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        selected: Tensor,
+        labels: Tensor,
+        segment_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropies over the selected positions, and how many of them are predicted right.
+
+        A micro-batch is padded and has `segment_ids`, or it is flat, of one row (B = 1, S tokens), and has `cu_seqlens`
+        and `max_length`; flat ones go through `varlen_attn`.
 
         Args:
             input_ids: int64 [B, S], masked already.
             position_ids: int64 [B, S], starting again at 0 in each segment.
-            segment_ids: int64 [B, S]; 0 is padding, 1.. the documents of a row, -s a [PAD] that document s itself holds (it sees, and is not seen).
             selected: int64 [M], flat indices into B*S. M may be 0: the loss is then exactly 0 and its gradients are
                 zeros.
             labels: int64 [M], the tokens to predict there.
+            segment_ids: int64 [B, S]; 0 is padding, 1.. the documents of a row, -s a [PAD] that document s itself holds
+                (it sees, and is not seen).
+            cu_seqlens: int32 [N + 1], where the segments begin, and S.
+            max_length: tokens of the longest segment, or more.
 
         Returns:
-            (fp32 scalar with a graph, int64 scalar without one).
+            (fp32 scalar with a graph, fp64 for fp64 weights; int64 scalar without one).
         """
-        logits = self.logits(self.encode(input_ids, position_ids, segment_ids), selected)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        with torch.no_grad():
-            correct = (logits.argmax(-1) == labels).sum()
-        return loss, correct
+        hidden = self.encode(input_ids, position_ids, segment_ids, cu_seqlens, max_length)
+        result: tuple[Tensor, Tensor] = self.model.cls(hidden.flatten(0, 1), selected, labels)
+        return result

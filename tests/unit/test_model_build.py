@@ -196,7 +196,7 @@ def test_a_real_checkpoint_loads_and_trains(minilm: Path) -> None:
     selected = torch.arange(1, length - 1)
     losses = []
     for _ in range(4):
-        loss, _ = module(*inputs, selected, ids.flatten()[selected])
+        loss, _ = module(*inputs[:2], selected, ids.flatten()[selected], inputs[2])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -204,7 +204,7 @@ def test_flops_are_those_of_the_products_that_run() -> None:
     module = MaskedLM(BertForMaskedLM(config), "eager")
     chosen = torch.arange(selected)
     with FlopCounterMode(display=False) as counter:
-        loss, _ = module(ids, torch.arange(length).expand(rows, -1), ids, chosen, chosen)
+        loss, _ = module(ids, torch.arange(length).expand(rows, -1), chosen, chosen, ids)
         loss.backward()
     tokens = rows * length
     expected = counter.get_total_flops() / tokens
