@@ -27,6 +27,7 @@ COLLECTIVES = (
 # Names in the profile, by which the peak is told per phase.
 # Longest wait for gloo's threads after a collective.
 SETTLE_S = 0.5
+SHARED_S = 0.03
 MARK = "## "
 
 
@@ -40,6 +41,7 @@ class Setting:
         sizes: of the model, by their BertConfig names.
         selected: share of the tokens that carry a label.
         micro_batches: of a step.
+        head_chunk: see `model.head_chunk`.
     """
 
     template: str = "zero0"
@@ -56,6 +58,7 @@ class Setting:
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.1
     micro_batches: int = 2
+    head_chunk: int = 2048
 
     def model(self) -> dict[str, Any]:
         """The model's sizes by their BertConfig names."""
@@ -92,6 +95,7 @@ class Setting:
             attention_dropout=self.attention_dropout,
             hidden_dropout=self.hidden_dropout,
             checkpoint_activations=self.checkpoint,
+            head_chunk=self.head_chunk,
             accumulate=self.micro_batches > 1,
             device="cpu",
         )
@@ -129,7 +133,7 @@ def measure(setting: Setting) -> dict[str, int]:
         with record_function(MARK + "start"):
             batches = [{name: value.clone() for name, value in batch.items()} for _ in range(setting.micro_batches)]
             engine = Engine(
-                MaskedLM(build(_section(setting), _config(setting), seed=1)),
+                MaskedLM(build(_section(setting), _config(setting), seed=1), head_chunk=setting.head_chunk),
                 ds_config=merge(
                     setting.template_dict(), precision=setting.precision, clip=1.0, micro_batch=setting.micro_batch
                 ),
@@ -185,12 +189,13 @@ def settled_collectives() -> Iterator[None]:
             tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
             owners = [t._use_count() for t in tensors]  # type: ignore[attr-defined]
             work = function(*args, **kwargs)
-            if work is not None:
+            if work is not None:  # it owns the tensors, and the thread shares it: who is the last cannot be seen
                 work.wait()
-            own = 0 if work is None else 1
+                time.sleep(SHARED_S)
+                return work
             deadline = time.monotonic() + SETTLE_S
             while time.monotonic() < deadline and any(
-                t._use_count() > n + own  # type: ignore[attr-defined]
+                t._use_count() > n  # type: ignore[attr-defined]
                 for t, n in zip(tensors, owners, strict=True)
             ):
                 time.sleep(0.001)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlm_dist.plan import Job, Model, Prediction, predict
+from mlm_dist.plan import Job, Model, Prediction
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -74,6 +74,7 @@ def job(
     world_size: int,
     micro_batch: int,
     device: str,
+    capability: tuple[int, int] | None,
     checkpoint: bool | None = None,
 ) -> Job:
     """What a rank of this run does, as the planner takes it.
@@ -81,10 +82,22 @@ def job(
     Args:
         zero: the template's `zero_optimization`.
         device: `cuda` or `cpu`.
+        capability: compute capability of a CUDA device, None on the CPU.
         checkpoint: in place of `model.checkpoint_activations`.
     """
-    from mlm_dist.model.attention import resolve_attention
+    from mlm_dist.model import attention as attentions
 
+    dropout = bert.attention_probs_dropout_prob
+    attention, _ = attentions.choose(
+        config.model.attention,
+        capability=capability,
+        half_precision=config.train.precision != "fp32",
+        dropout=dropout,
+        head_size=bert.hidden_size // bert.num_attention_heads,
+        pads_see=config.mask.labels == "all_with_padding",
+    )
+    if attention != "varlen":
+        attention = attentions.resolve_attention(attention, device_type=device, dropout=dropout)
     return Job(
         Model.of(bert),
         zero,
@@ -93,11 +106,10 @@ def job(
         config.data.seq_len,
         selected_share(config, micro_batch * config.data.seq_len),
         precision=config.train.precision,
-        attention=resolve_attention(
-            config.model.attention, device_type=device, dropout=bert.attention_probs_dropout_prob
-        ),
-        attention_dropout=bert.attention_probs_dropout_prob,
+        attention=attention,
+        attention_dropout=dropout,
         hidden_dropout=bert.hidden_dropout_prob,
+        head_chunk=config.model.head_chunk,
         checkpoint_activations=config.model.checkpoint_activations if checkpoint is None else checkpoint,
         accumulate=share(config, world_size) > micro_batch,
         device=device,
@@ -112,12 +124,6 @@ def fits(prediction: Prediction, memory: int, device: str) -> bool:
 def needed(prediction: Prediction, device: str) -> int:
     """Bytes that the memory of `device` must have."""
     return prediction.total + (prediction.total_host if device == "cpu" else 0)
-
-
-def largest(job_of: Callable[[int], Job], most: int, memory: int) -> int:
-    """The largest of `micro_batches(most)` that is predicted to fit, 1 when none is."""
-    fitting = [n for n in micro_batches(most) if fits(predict(job_of(n)), memory, job_of(n).device)]
-    return max(fitting, default=1)
 
 
 def choose(options: Sequence[Option], memory: int, device: str) -> Option | None:

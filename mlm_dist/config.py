@@ -47,7 +47,7 @@ class TrainConfig:
         steps: optimizer steps; give this or ``epochs``.
         epochs: passes over the training manifest.
         global_batch: rows of one optimizer step over all ranks; accumulation is derived.
-        micro_batch: rows of one forward and backward on one rank.
+        micro_batch: rows of one forward and backward on one rank; ``auto``: as many as fit, by the planner and a trial on the devices.
         precision: ``fp32``, or ``bf16`` (torch autocast; fp32 weights and moments).
         clip: largest global L2 norm of the gradients; 0 is off.
         deterministic: bitwise repeatable kernels on CUDA (CPU is so anyway).
@@ -58,7 +58,7 @@ class TrainConfig:
     steps: int | None = None
     epochs: int | None = None
     global_batch: int = 32
-    micro_batch: int = 8
+    micro_batch: int | Literal["auto"] = 8
     precision: Literal["fp32", "bf16"] = "bf16"
     clip: float = 1.0
     deterministic: bool = False
@@ -73,7 +73,7 @@ class TrainConfig:
             )
         for key in ("steps", "epochs", "global_batch", "micro_batch", "max_skipped"):
             value = getattr(self, key)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UserError(f"train.{key}: {value} must be at least 1.")
         if not (math.isfinite(self.clip) and self.clip >= 0):
             raise UserError(f"train.clip: {self.clip} must be a positive number, or 0 for no clipping.")

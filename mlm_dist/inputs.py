@@ -43,6 +43,7 @@ class DataInputs:
     """Manifests and tokenizer of a config, and the streams that they give.
 
     Attributes:
+        micro_batch: rows of a micro-batch.
         notes: what the user should hear of at the start.
 
     Raises:
@@ -51,6 +52,8 @@ class DataInputs:
 
     def __init__(self, config: Config):
         self.config = config
+        # With `auto` it is known when the devices were tried; what is done before does not depend on it.
+        self.micro_batch = config.train.micro_batch if isinstance(config.train.micro_batch, int) else 1
         self.notes: list[str] = []
         data = config.data
         self._cache = Cache(data.cache_dir, parse_size(data.cache_size)) if data.cache_dir else None
@@ -215,7 +218,7 @@ class DataInputs:
             config.data,
             self._makers(self.corpora, config.mask, config.run.seed, shuffle=True),
             global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
             rank=rank,
             world_size=world_size,
             epochs=config.train.epochs,
@@ -230,7 +233,7 @@ class DataInputs:
             config.data,
             self._makers([self.val_corpus], MaskConfig(), config.eval.seed, shuffle=False),
             global_batch=config.eval.batch,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
             rank=rank,
             world_size=world_size,
             epochs=1,
@@ -255,10 +258,14 @@ class Inputs(DataInputs):
             ds_config.load_template(config.deepspeed.config),
             precision=config.train.precision,
             clip=config.train.clip,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
         )
         self.bert_config = bert.load_config(
             config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id
         )
         bert.check_vocabulary(config.model, self.pretrained_tokenizer.get_vocab())
         bert.check_fit(self.bert_config, vocab_size=self.tokenizer.vocab_size, seq_len=config.data.seq_len)
+
+    def set_micro_batch(self, rows: int) -> None:
+        """Take the micro-batch that ``auto`` came to."""
+        self.micro_batch = self.ds_config["train_micro_batch_size_per_gpu"] = rows

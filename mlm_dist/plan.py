@@ -11,7 +11,7 @@ positions; `c` bytes of what products give, `w` bytes of a weight, `f` bytes of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +204,16 @@ def predict(job: Job) -> Prediction:
             best = seen
     assert best is not None
     return best
+
+
+def bare(job: Job) -> int:
+    """Peak bytes of the model's forward and backward pass alone: no DeepSpeed, no optimizer, every gradient kept."""
+    alone = replace(job, zero={"stage": 0}, accumulate=False)
+    zero = _Zero({"parameters": job.weight * job.model.parameters}, keeps=True)
+    return int(
+        zero.device["parameters"]
+        + max(sum(terms.values()) for moment, terms in _moments(alone, zero) if moment != "start")
+    )
 
 
 # ---- what ZeRO keeps ----

@@ -115,6 +115,7 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
                     world_size=world_size,
                     micro_batch=rows,
                     device=device,
+                    capability=(8, 0) if device == "cuda" else None,  # Ampere or later
                     checkpoint=way.checkpoint,
                 )
             ),

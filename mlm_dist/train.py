@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from mlm_dist import checkpoint, distributed, evaluate
+from mlm_dist import autobatch, checkpoint, choice, distributed, evaluate
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
 from mlm_dist.data.rng import keyed_seed
@@ -43,6 +44,7 @@ from mlm_dist.meter import Meter, peak_memory_gib
 from mlm_dist.model import bert
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.optim import lr_factor
+from mlm_dist.plan import Job
 from mlm_dist.tracking import Tracker
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
@@ -152,6 +154,8 @@ class Run:
         fast = inputs.tokenizer.nano is not None
         if self.control.sum([int(fast)])[0] < self.topology.world_size and fast:
             inputs.use_reference("nanotoken is not installed on every node")
+        reader = None if path is None else checkpoint.Reader(path)
+        self._settle_micro_batch(None if reader is None else reader.trainer.get("micro_batch"))
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
         section = config.model
@@ -169,8 +173,7 @@ class Run:
         )
         self.cursors = self.stream.start_cursors()
         self.wandb_id = None
-        if path is not None:
-            reader = checkpoint.Reader(path)
+        if reader is not None:
             self.engine.restore(reader.parameter, reader.state, reader.optimizer)
             state = reader.trainer
             self.step = self.saved_step = state["step"]
@@ -179,6 +182,43 @@ class Run:
         self.writer = checkpoint.Writer(
             self.dir.path, config.checkpoint, self.topology.rank, self.topology.world_size, self.dir.attempt
         )
+
+    def _settle_micro_batch(self, recorded: dict[str, Any] | None) -> None:
+        """With ``train.micro_batch: auto``, find it before anything of the run is on the device."""
+        config, inputs, topology = self.config, self.inputs, self.topology
+        self.micro_batch_record: dict[str, Any] | None = None
+        if config.train.micro_batch != "auto":
+            return
+        device = topology.device
+        like = replace(config.model, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
+
+        def job_of(rows: int) -> Job:
+            return choice.job(
+                config,
+                inputs.bert_config,
+                inputs.ds_config["zero_optimization"],
+                world_size=topology.world_size,
+                micro_batch=rows,
+                device=device.type,
+                capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            )
+
+        settled = autobatch.settle(
+            job_of,
+            lambda: MaskedLM(
+                bert.build(like, inputs.bert_config, seed=0),
+                attention=config.model.attention,
+                head=config.model.head,
+                head_chunk=config.model.head_chunk,
+            ),
+            most=choice.share(config, topology.world_size),
+            device=device,
+            control=self.control,
+            recorded=recorded,
+        )
+        inputs.set_micro_batch(settled.rows)
+        self.micro_batch_record = settled.record
+        self.console.say(f"train.micro_batch auto: {settled.rows} ({settled.how})")
 
     def announce(self) -> None:
         """Rank 0: open the tracking and say what is about to happen."""
@@ -205,7 +245,7 @@ class Run:
         self.console.say(
             f"model of {self.num_parameters / 1e6:.1f} M parameters; {sum(inputs.num_documents):,} documents, {inputs.num_bytes / 1e6:.1f} MB in "
             f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
-            f"{stream.micro_batches(self.step)} x {config.train.micro_batch} on each rank"
+            f"{stream.micro_batches(self.step)} x {inputs.micro_batch} on each rank"
         )
         for note in inputs.notes:
             self.console.say(f"note: {note}")
@@ -216,7 +256,7 @@ class Run:
             self.console.say(
                 f"note: {stream.fill():.0%} of the micro-batch places hold a row; {stream.order.lanes} lanes and "
                 f"{config.train.global_batch} rows divide evenly "
-                f"over {', '.join(map(str, even))} ranks (micro-batches of {config.train.micro_batch})"
+                f"over {', '.join(map(str, even))} ranks (micro-batches of {inputs.micro_batch})"
             )
         if config.train.epochs is not None:
             fill = stream.order.tail_fill(config.train.epochs)
@@ -284,7 +324,12 @@ class Run:
                     keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank)
                     for i in range(len(micro_batches))
                 ]
-                result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
+                try:
+                    result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
+                except (RuntimeError, MemoryError) as error:
+                    if autobatch.out_of_memory(error):
+                        raise autobatch.too_large(self.inputs.micro_batch) from error
+                    raise
             not_finite = not_finite + 1 if result is not None and result.skipped else 0
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
             self.cursors = batch.cursors
@@ -424,6 +469,7 @@ class Run:
                 "cursors": merged.tolist(),
                 "ledger": self.ledger.faults,
                 "wandb_id": self.tracker.wandb_id if self.tracker else None,
+                "micro_batch": self.micro_batch_record,
                 "attempt": self.dir.attempt,
                 "time": time.time(),
             }
