@@ -121,36 +121,116 @@ def _config(setting: Setting) -> Any:
 def measure(setting: Setting) -> dict[str, int]:
     """Peak bytes of this rank by phase (`start`, `forward`, `backward`, `apply`), from before the model is built to the end of the second step."""
     from mlm_dist import distributed
-    from mlm_dist.ds_config import merge
-    from mlm_dist.engine import Engine
-    from mlm_dist.model.bert import build
-    from mlm_dist.model.head import MaskedLM
-    from mlm_dist.optim import OptimConfig
 
     distributed.init(120)
-    batch = micro_batch(setting.micro_batch, setting.seq_len, setting.selected, setting.vocab)
     with settled_collectives(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function(MARK + "start"):
-            batches = [{name: value.clone() for name, value in batch.items()} for _ in range(setting.micro_batches)]
-            engine = Engine(
-                MaskedLM(build(_section(setting), _config(setting), seed=1), head_chunk=setting.head_chunk),
-                ds_config=merge(
-                    setting.template_dict(), precision=setting.precision, clip=1.0, micro_batch=setting.micro_batch
-                ),
-                optim=OptimConfig(),
-                device=torch.device("cpu"),
-            )
+            engine = _engine(setting, torch.device("cpu"))
         for name, owner, method in (
             ("forward", engine._engine, "forward"),
             ("backward", engine._engine, "backward"),
             ("apply", engine, "_apply"),
         ):
             setattr(owner, method, _marked(MARK + name, getattr(owner, method)))
-        for _ in range(2):
-            selected = len(batch["labels"]) * setting.micro_batches * setting.world
-            engine.step(batches, selected_total=selected, lr=1e-4, seeds=list(range(setting.micro_batches)))
+        _steps(setting, engine)
+    found = peaks(profiler) | {"host": host_bytes(engine)}
     distributed.shutdown()
+    return found
+
+
+def measure_cuda(setting: Setting, cap: int) -> int:
+    """Peak bytes of torch's CUDA allocator over two steps, when it may have `cap`. Raises torch.OutOfMemoryError."""
+    from mlm_dist import distributed
+
+    distributed.init(120)
+    device = _capped(cap)
+    _steps(setting, _engine(setting, device))
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    distributed.shutdown()
+    return peak
+
+
+def notebook_cuda(sizes: dict[str, int], seq_len: int, cap: int) -> bool:
+    """Whether the tutorial's loop (see `measure_notebook`) runs two steps within `cap` bytes of a CUDA device."""
+    try:
+        _notebook(sizes, seq_len, _capped(cap))
+        return True
+    except torch.OutOfMemoryError:
+        return False
+
+
+def _capped(cap: int) -> torch.device:
+    device = torch.device("cuda", 0)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+    return device
+
+
+def _engine(setting: Setting, device: torch.device) -> Any:
+    from mlm_dist.ds_config import merge
+    from mlm_dist.engine import Engine
+    from mlm_dist.model.bert import build
+    from mlm_dist.model.head import MaskedLM
+    from mlm_dist.optim import OptimConfig
+
+    return Engine(
+        MaskedLM(build(_section(setting), _config(setting), seed=1), head_chunk=setting.head_chunk),
+        ds_config=merge(
+            setting.template_dict(), precision=setting.precision, clip=1.0, micro_batch=setting.micro_batch
+        ),
+        optim=OptimConfig(),
+        device=device,
+    )
+
+
+def _steps(setting: Setting, engine: Any) -> None:
+    """Two, so that the second one finds the optimizer's state."""
+    batch = micro_batch(setting.micro_batch, setting.seq_len, setting.selected, setting.vocab)
+    batches = [{name: value.clone() for name, value in batch.items()} for _ in range(setting.micro_batches)]
+    selected = len(batch["labels"]) * setting.micro_batches * setting.world
+    for _ in range(2):
+        engine.step(batches, selected_total=selected, lr=1e-4, seeds=list(range(setting.micro_batches)))
+
+
+def host_bytes(engine: Any) -> int:
+    """Bytes that would be on the host beside a device: all that DeepSpeed's offload keeps there."""
+    optimizer = engine._engine.optimizer
+    if not getattr(optimizer, "cpu_offload", getattr(optimizer, "offload_optimizer", False)):
+        return 0
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_partitioned_groups_flat
+    states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    others = [
+        *getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", []),
+        *getattr(optimizer, "accumulated_grads_in_cpu", {}).values(),
+        getattr(optimizer, "temp_grad_buffer_for_cpu_offload", None),
+        getattr(optimizer, "grad_partitions_flat_buffer", None),
+    ]
+    tensors = [*masters, *(master.grad for master in masters), *states, *others]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t)}
+    return sum(storages.values())
+
+
+def measure_notebook(sizes: dict[str, int], seq_len: int) -> dict[str, int]:
+    """The tutorial's loop, batch 1: fp32 BertForMaskedLM with a label on every token, torch's AdamW. Peak as `measure` has it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _notebook(sizes, seq_len, torch.device("cpu"))
     return peaks(profiler)
+
+
+def _notebook(sizes: dict[str, int], seq_len: int, device: torch.device) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = BertForMaskedLM(BertConfig(**sizes)).train().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    tokens = torch.randint(5, model.config.vocab_size, (1, seq_len), device=device)
+    for _ in range(2):
+        loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def micro_batch(rows: int, seq_len: int, share: float, vocab: int) -> dict[str, torch.Tensor]:

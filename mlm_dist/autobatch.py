@@ -20,12 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mlm_dist.choice import micro_batches, needed
+from mlm_dist.choice import MARGIN, fits, micro_batches, needed
 from mlm_dist.errors import UserError
 from mlm_dist.plan import Job, bare, predict
-
-# Share by which a prediction may be off: the trials begin where it is surely within the memory and go up to where it may be.
-MARGIN = 0.1
 
 
 class Control(Protocol):
@@ -86,26 +83,25 @@ def settle(
     if recorded is not None and recorded["for"] == settled_for:
         return Settled(recorded["rows"], "as the checkpoint has it", recorded)
 
+    # The trials begin where the prediction is surely within the memory, and go up to where it may be.
     sizes = micro_batches(most)
-    bytes_of = {rows: needed(predict(job_of(rows)), device.type) for rows in sizes}
-    rows = max((n for n in sizes if bytes_of[n] * (1 + MARGIN) <= free), default=1)
-    planned = rows
+    planned = rows = max((n for n in sizes if fits(predict(job_of(n)), free, device.type)), default=1)
 
-    def fits(rows: int) -> bool:
+    def good(rows: int) -> bool:
         job = job_of(rows)
-        ballast = max(0, bytes_of.get(rows, needed(predict(job), device.type)) - bare(job))
-        good = trial(module_of, job, ballast, device)
-        return control.sum([int(good)])[0] == control.world_size
+        ballast = max(0, needed(predict(job), device.type) - bare(job))
+        return control.sum([int(trial(module_of, job, ballast, device))])[0] == control.world_size
 
-    if fits(rows):
-        while (
-            (more := min(2 * rows, most)) > rows and bytes_of[_known(more, sizes)] * (1 - MARGIN) <= free and fits(more)
-        ):
+    def may_fit(rows: int) -> bool:
+        return needed(predict(job_of(rows)), device.type) * (1 - MARGIN) <= free
+
+    if good(rows):
+        while (more := min(2 * rows, most)) > rows and may_fit(more) and good(more):
             rows = more
     else:
         while rows > 1:
             rows //= 2
-            if fits(rows):
+            if good(rows):
                 break
         else:
             raise UserError(
@@ -117,11 +113,6 @@ def settle(
         ", confirmed" if rows == planned else f", {rows} by trial"
     )
     return Settled(rows, how, {"rows": rows, "for": settled_for})
-
-
-def _known(rows: int, sizes: list[int]) -> int:
-    """The planned size that is nearest above: after halving, doubling may miss the powers of two."""
-    return next(size for size in sizes if size >= rows)
 
 
 def _everyone(control: Control, mine: Any) -> list[Any]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What a CUDA device must have beside the tensors: the context with its kernels, libraries' workspaces, and what the caching allocator cannot use for being in
 # pieces. A figure by experience, not by arithmetic, so whoever knows better gives another.
 CUDA_RESERVE = 640 << 20
+# Share by which a prediction may be off.
+MARGIN = 0.1
 # Standard deviations above its mean that the count of selected positions of a micro-batch is taken to reach.
 DEVIATIONS = 4.0
 
@@ -117,12 +119,12 @@ def job(
 
 
 def fits(prediction: Prediction, memory: int, device: str) -> bool:
-    """Whether a prediction is within `memory` bytes; on a CPU host and device are one."""
-    return needed(prediction, device) <= memory
+    """Whether a prediction is surely within `memory` bytes."""
+    return needed(prediction, device) * (1 + MARGIN) <= memory
 
 
 def needed(prediction: Prediction, device: str) -> int:
-    """Bytes that the memory of `device` must have."""
+    """Bytes that `device` is predicted to give; on a CPU the host's are its too."""
     return prediction.total + (prediction.total_host if device == "cpu" else 0)
 
 

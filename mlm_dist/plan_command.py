@@ -168,9 +168,7 @@ def _show(options: list[Option], chosen: Option | None, memory: int, reserve: in
 
     console = Console(highlight=False)
     room = memory - reserve
-    table = Table(
-        title=f"GiB of a {device} device by micro-batch; in brackets: more than the {_gib(room)} that there are"
-    )
+    table = Table(title=f"GiB of a {device} device by micro-batch; in brackets: too much for {_gib(room)}, or too near")
     table.add_column("template")
     rows = list(dict.fromkeys(option.micro_batch for option in options))
     for micro_batch in rows:
@@ -198,13 +196,14 @@ def _show(options: list[Option], chosen: Option | None, memory: int, reserve: in
         )
     console.print(terms)
     console.print(
-        f"{_gib(memory)} GiB of device memory, of which {_gib(reserve)} are kept for the context and fragmentation."
+        f"{_gib(memory)} GiB of device memory, of which {_gib(reserve)} are kept for the context and fragmentation. "
+        f"Predictions are held to be within {choice.MARGIN:.0%}: what fits leaves as much room."
     )
     if chosen is None:
         least = min(options, key=lambda option: choice.needed(option.prediction, device))
-        over = choice.needed(least.prediction, device) - room
+        over = int(choice.needed(least.prediction, device) * (1 + choice.MARGIN)) - room
         console.print(
-            f"nothing fits: {_name(least.way)} with micro-batches of {least.micro_batch} needs {_gib(over)} GiB more than there are."
+            f"nothing fits: {_name(least.way)} with micro-batches of {least.micro_batch} needs {_gib(over)} GiB more."
         )
         return
     console.print(

@@ -40,11 +40,12 @@ def test_a_rank_whose_address_space_is_small_holds_up_nobody(tmp_path: Path) -> 
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     config = save_config(
         tmp_path,
-        data={"seq_len": 512},
-        model={"config": {**sizes, "max_position_embeddings": 512}},
+        data={"seq_len": 256, "lanes": 4},
+        model={"config": {**sizes, "max_position_embeddings": 256}},
         train={"micro_batch": "auto", "steps": 1, "global_batch": 128},
+        deepspeed={"config": "zero0"},
     )
-    ends = start(config, "--data.lanes", "4", address_space=250 << 20)
+    ends = start(config, address_space=120 << 20)
     assert [code for code, _ in ends] == [0, 0]
     settled = {max(rows[-1:]) for _, rows in ends}
     tried = [rows[0] for _, rows in ends]
