@@ -278,12 +278,17 @@ def _stage_1_2(job: Job) -> _Zero:
     p, part = model.parameters, -(-model.parameters // job.world_size)
     # grads_in_partition holds the parameters of this rank whole, the one that is cut too.
     owned = model.in_partition(job.world_size)
+    # Weights in bf16 have their gradients summed in fp32: stage 1 beside each parameter, stage 2 in one buffer of the partition, which all micro-batches share.
+    pure = job.precision == "bf16_pure"
+    sums = 4 * (part if pure else owned)
     elements = zero.get("reduce_bucket_size", _DEFAULT_BUCKET)
-    # setup_buckets(): whole buckets, however small the model; two when they take turns.
-    bucket = 4 * elements * (2 if zero.get("overlap_comm", not job.offload) else 1) if _contiguous(job) else 0
+    # setup_buckets(): whole buckets, however small the model, in the gradients' precision; two when they take turns.
+    buckets = 2 if zero.get("overlap_comm", False) else 1
+    bucket = (w if second else 4) * elements * buckets if _contiguous(job) else 0
     filled = min(elements, p)
     # allreduce_bucket() flattens what it reduces; stage 1 reduces in place. The norm of a parameter is taken in fp64, for offload when it is reduced.
-    reduce = 4 * (max(filled, model.words) if model.words > elements else filled) if second else 0
+    largest = max(filled, model.words) if model.words > elements else filled
+    reduce = (4 + (w if pure else 0)) * largest if second else 0
     if job.offload:
         return _Zero(
             # temp_grad_buffer_for_gpu_offload is as large as the largest parameter.
@@ -291,7 +296,7 @@ def _stage_1_2(job: Job) -> _Zero:
             # The weights in fp32, a buffer that they come back through, the gradient's partition, moments; temp_grad_buffer_for_cpu_offload.
             {
                 "optimizer": (4 + w + 8) * part,
-                "gradients": 4 * part + (w * owned if job.accumulate else 0),
+                "gradients": 4 * part + (w * owned if job.accumulate and not pure else 0),
                 "buffers": w * model.largest,
             },
             bucket=bucket,
@@ -301,13 +306,13 @@ def _stage_1_2(job: Job) -> _Zero:
     return _Zero(
         {"parameters": w * p, "optimizer": (4 + 8) * part},
         keeps=not second,
-        before=(4 * owned if second else 4 * p) if job.accumulate else 0,
+        before=(sums if second else 4 * p) if job.accumulate else 0,
         bucket=bucket,
         bucket_stays=not second and job.accumulate,
         reduce=reduce,
-        partition=4 * owned,
+        partition=0 if pure and job.accumulate and second else sums,
         bucket_elements=elements,
-        at_step=4 * owned,
+        at_step=sums,
         # First the norms, in fp64, parameter by parameter; then each group's gradients are flattened.
         step=max(8 * min(model.largest, owned), 4 * part),
     )
@@ -331,12 +336,13 @@ def _stage_3(job: Job) -> _Zero:
     flattened = 4 * min(part, zero.get("sub_group_size", _SUB_GROUP))
     common: dict[str, Any] = {
         # The full gradients of a bucket are laid out by rank, and each rank's part comes back into a buffer of its own.
-        "reduce": w * (filled + -(-filled // ranks)) if several else 0,
+        "reduce": 4 * (filled + -(-filled // ranks)) if several else 0,
         "bucket_elements": elements,
         "gathered": w * live,
         "gathering": w * prefetch,
     }
-    bucket = w * elements if zero.get("contiguous_gradients", True) else 0
+    # In the precision that gradients are reduced in, fp32 whatever the weights are.
+    bucket = 4 * elements if zero.get("contiguous_gradients", True) else 0
     if job.offload:
         host = {"optimizer": (4 + 8) * part, "gradients": 2 * 4 * part}
         return _Zero({"parameters": w * part, "buffers": bucket}, host, step=norm, host_step=flattened, **common)
