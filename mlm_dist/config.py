@@ -54,7 +54,7 @@ class TrainConfig:
         global_batch: rows of one optimizer step over all ranks; accumulation is derived.
         batch_start: rows of the first steps when batches are to grow to ``global_batch``, which must be a multiple of it; they grow by as many at a time.
         batch_warmup_tokens: token places (rows x data.seq_len) over which they grow.
-        micro_batch: rows of one forward and backward on one rank.
+        micro_batch: rows of one forward and backward on one rank; ``auto``: as many as fit, by the planner and a trial on the devices.
         precision: ``fp32``; ``bf16`` or ``fp16`` (torch autocast; fp32 weights and moments; fp16 with dynamic loss scaling);
             ``bf16_pure`` (weights and activations in bf16, fp32 masters and gradient sums; ZeRO stages 1 to 3).
         clip: largest global L2 norm of the gradients; 0 is off.
@@ -69,7 +69,7 @@ class TrainConfig:
     global_batch: int = 32
     batch_start: int | None = None
     batch_warmup_tokens: int | None = None
-    micro_batch: int = 8
+    micro_batch: int | Literal["auto"] = 8
     precision: Precision = "bf16"
     clip: float = 1.0
     deterministic: bool = False
@@ -92,7 +92,7 @@ class TrainConfig:
             "max_skipped",
         ):
             value = getattr(self, key)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UserError(f"train.{key}: {value} must be at least 1.")
         self.batch_warmup()
         if not (math.isfinite(self.clip) and self.clip >= 0):

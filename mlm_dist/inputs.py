@@ -48,6 +48,7 @@ class DataInputs:
     """Manifests and tokenizer of a config, and the streams that they give.
 
     Attributes:
+        micro_batch: rows of a micro-batch.
         notes: what the user should hear of at the start.
 
     Raises:
@@ -56,6 +57,8 @@ class DataInputs:
 
     def __init__(self, config: Config):
         self.config = config
+        # With `auto` it is known when the devices were tried; what is done before does not depend on it.
+        self.micro_batch = config.train.micro_batch if isinstance(config.train.micro_batch, int) else 1
         self.notes: list[str] = []
         data = config.data
         self._cache = Cache(data.cache_dir, parse_size(data.cache_size)) if data.cache_dir else None
@@ -221,7 +224,7 @@ class DataInputs:
             config.data,
             self._makers(self.corpora, config.mask, config.run.seed, shuffle=True),
             global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
             rank=rank,
             world_size=world_size,
             epochs=config.train.epochs,
@@ -237,7 +240,7 @@ class DataInputs:
             config.data,
             self._makers([self.val_corpus], MaskConfig(), config.eval.seed, shuffle=False),
             global_batch=config.eval.batch,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
             rank=rank,
             world_size=world_size,
             epochs=1,
@@ -266,7 +269,7 @@ class Inputs(DataInputs):
             ds_config.load_template(config.deepspeed.config),
             precision=config.train.precision,
             clip=config.train.clip,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
             optimizer=config.optim.name,
         )
         model = self._model_section()
@@ -323,3 +326,7 @@ class Inputs(DataInputs):
             if model.init == "run" and place and checkpoint.committed(place):
                 return replace(model, name_or_path=str(place))
         return model
+
+    def set_micro_batch(self, rows: int) -> None:
+        """Take the micro-batch that ``auto`` came to."""
+        self.micro_batch = self.ds_config["train_micro_batch_size_per_gpu"] = rows

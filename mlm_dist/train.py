@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlm_dist import branch, checkpoint, distributed, evaluate
+from mlm_dist import autobatch, branch, checkpoint, choice, distributed, evaluate
 from mlm_dist.clock import COMMUNICATION, StepClock, timed_collectives
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
@@ -46,6 +46,7 @@ from mlm_dist.meter import Meter, peak_memory_gib
 from mlm_dist.model import bert
 from mlm_dist.model.compiled import compile_layers, layer_class, plain_layers
 from mlm_dist.model.head import MaskedLM
+from mlm_dist.plan import Job
 from mlm_dist.schedule import lr_factor
 from mlm_dist.tracking import Tracker
 
@@ -172,6 +173,8 @@ class Run:
         fast = inputs.tokenizer.nano is not None
         if self.control.sum([int(fast)])[0] < self.topology.world_size and fast:
             inputs.use_reference("nanotoken is not installed on every node")
+        reader = None if path is None else checkpoint.Reader(path)
+        self._settle_micro_batch(None if reader is None else reader.trainer.get("micro_batch"))
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
         flat = inputs.attention == "varlen"
@@ -200,8 +203,7 @@ class Run:
         )
         self.cursors = self.stream.start_cursors()
         self.wandb_id = None
-        if path is not None:
-            reader = checkpoint.Reader(path)
+        if reader is not None:
             self.engine.restore(reader.parameter, reader.state, reader.optimizer)
             state = reader.trainer
             self.step = self.saved_step = state["step"]
@@ -229,6 +231,43 @@ class Run:
             self.console.say(f"warning: model.compile: the encoder layers run uncompiled, on all ranks ({why_not})")
         return why_not is None
 
+    def _settle_micro_batch(self, recorded: dict[str, Any] | None) -> None:
+        """With ``train.micro_batch: auto``, find it before anything of the run is on the device."""
+        config, inputs, topology = self.config, self.inputs, self.topology
+        self.micro_batch_record: dict[str, Any] | None = None
+        if config.train.micro_batch != "auto":
+            return
+        device = topology.device
+        like = replace(config.model, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
+
+        def job_of(rows: int) -> Job:
+            return choice.job(
+                config,
+                inputs.bert_config,
+                inputs.ds_config["zero_optimization"],
+                world_size=topology.world_size,
+                micro_batch=rows,
+                device=device.type,
+                capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            )
+
+        settled = autobatch.settle(
+            job_of,
+            lambda: MaskedLM(
+                bert.build(like, inputs.bert_config, seed=0),
+                attention=config.model.attention,
+                head=config.model.head,
+                head_chunk=config.model.head_chunk,
+            ),
+            most=choice.share(config, topology.world_size),
+            device=device,
+            control=self.control,
+            recorded=recorded,
+        )
+        inputs.set_micro_batch(settled.rows)
+        self.micro_batch_record = settled.record
+        self.console.say(f"train.micro_batch auto: {settled.rows} ({settled.how})")
+
     def announce(self) -> None:
         """Rank 0: open the tracking and say what is about to happen."""
         if not self.is_first:
@@ -254,7 +293,7 @@ class Run:
         self.console.say(
             f"model of {self.num_parameters / 1e6:.1f} M parameters; {sum(inputs.num_documents):,} documents, {inputs.num_bytes / 1e6:.1f} MB in "
             f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {stream.schedule.size(self.step)} rows a step, "
-            f"{stream.micro_batches(self.step)} x {config.train.micro_batch} on each rank"
+            f"{stream.micro_batches(self.step)} x {inputs.micro_batch} on each rank"
         )
         if self.step < stream.schedule.full_from:
             self.console.say(
@@ -269,7 +308,7 @@ class Run:
             self.console.say(
                 f"note: {stream.fill():.0%} of the micro-batch places hold a row; {stream.order.lanes} lanes and "
                 f"{config.train.global_batch} rows divide evenly "
-                f"over {', '.join(map(str, even))} ranks (micro-batches of {config.train.micro_batch})"
+                f"over {', '.join(map(str, even))} ranks (micro-batches of {inputs.micro_batch})"
             )
         if config.train.epochs is not None:
             fill = stream.order.tail_fill(config.train.epochs)
@@ -352,7 +391,12 @@ class Run:
                     keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank)
                     for i in range(len(micro_batches))
                 ]
-                result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
+                try:
+                    result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
+                except (RuntimeError, MemoryError) as error:
+                    if autobatch.out_of_memory(error):
+                        raise autobatch.too_large(self.inputs.micro_batch) from error
+                    raise
             # Overflows are how fp16 finds its loss scale; at the smallest one they are none any more, so they end.
             if result is None or not result.overflow:
                 not_finite = not_finite + 1 if result is not None and result.skipped else 0
@@ -501,6 +545,7 @@ class Run:
                 "cursors": merged.tolist(),
                 "ledger": self.ledger.faults,
                 "wandb_id": self.tracker.wandb_id if self.tracker else None,
+                "micro_batch": self.micro_batch_record,
                 "attempt": self.dir.attempt,
                 "time": time.time(),
             }

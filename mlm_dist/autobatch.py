@@ -1,0 +1,218 @@
+"""``train.micro_batch: auto``: the largest micro-batch that fits on every rank, by the planner and a trial on the devices.
+
+The planner proposes. Then each rank runs the real model forward and backward on its own device, with full rows and as many selected positions as can be
+expected, beside ballast that stands for what DeepSpeed and the optimizer will take. There is no collective within a trial, so that a rank that is out of memory
+holds up nobody; after it the ranks tell each other how it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import resource
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mlm_dist.choice import MARGIN, fits, micro_batches, needed
+from mlm_dist.errors import UserError
+from mlm_dist.plan import Job, bare, predict
+
+
+class Control(Protocol):
+    """The part of `distributed.ControlGroup` that is needed here."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def sum(self, values: list[int]) -> list[int]: ...
+
+    def gather(self, obj: Any) -> list[Any] | None: ...
+
+    def broadcast(self, obj: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The micro-batch of all ranks.
+
+    Attributes:
+        rows: of a micro-batch.
+        how: how it was found, in one line.
+        record: for the checkpoint: with it, a run on the same number of ranks, template and memory takes the same again.
+    """
+
+    rows: int
+    how: str
+    record: dict[str, Any]
+
+
+def settle(
+    job_of: Callable[[int], Job],
+    module_of: Callable[[], nn.Module],
+    *,
+    most: int,
+    device: torch.device,
+    control: Control,
+    recorded: dict[str, Any] | None = None,
+) -> Settled:
+    """Find the micro-batch. Collective: every rank calls it, with a device that holds nothing of the run yet, and gets the same.
+
+    Args:
+        job_of: the planner's job for a number of rows.
+        module_of: makes a model like the run's, in fp32 on the CPU; only called for a trial.
+        most: rows of the global batch that fall on a rank.
+        recorded: what the checkpoint that the run goes on from has of an earlier `Settled.record`.
+
+    Raises:
+        UserError: not even one row fits on some rank.
+    """
+    everyone = _everyone(control, (socket.gethostname(), *memory(device)))
+    neighbours = Counter(host for host, _, _ in everyone)
+    # On a CPU the ranks of a host share its memory; each CUDA rank has a device.
+    shared = {host: neighbours[host] if device.type == "cpu" else 1 for host in neighbours}
+    free = min(free // shared[host] for host, free, _ in everyone)
+    job = asdict(job_of(1)) | {"zero": dict(job_of(1).zero), "micro_batch": None, "selected": None, "accumulate": None}
+    settled_for = {"job": job, "most": most, "memory": min(total // shared[host] for host, _, total in everyone)}
+    if recorded is not None and recorded["for"] == settled_for:
+        return Settled(recorded["rows"], "as the checkpoint has it", recorded)
+
+    # The trials begin where the prediction is surely within the memory, and go up to where it may be.
+    sizes = micro_batches(most)
+    planned = rows = max((n for n in sizes if fits(predict(job_of(n)), free, device.type)), default=1)
+
+    def good(rows: int) -> bool:
+        job = job_of(rows)
+        ballast = max(0, needed(predict(job), device.type) - bare(job))
+        return control.sum([int(trial(module_of, job, ballast, device))])[0] == control.world_size
+
+    def may_fit(rows: int) -> bool:
+        return needed(predict(job_of(rows)), device.type) * (1 - MARGIN) <= free
+
+    if good(rows):
+        while (more := min(2 * rows, most)) > rows and may_fit(more) and good(more):
+            rows = more
+    else:
+        while rows > 1:
+            rows //= 2
+            if good(rows):
+                break
+        else:
+            raise UserError(
+                f"train.micro_batch: auto found that not even one row of {job_of(1).seq_len} tokens fits in {free / 2**30:.2f} GiB. Set "
+                "model.checkpoint_activations true, a deepspeed.config that partitions or offloads more (mlm-dist plan shows what each needs), or a "
+                "shorter data.seq_len."
+            )
+    how = f"{planned} by the planner for {free / 2**30:.2f} GiB" + (
+        ", confirmed" if rows == planned else f", {rows} by trial"
+    )
+    return Settled(rows, how, {"rows": rows, "for": settled_for})
+
+
+def _everyone(control: Control, mine: Any) -> list[Any]:
+    everyone: list[Any] = control.broadcast(control.gather(mine))
+    return everyone
+
+
+def trial(module_of: Callable[[], nn.Module], job: Job, ballast: int, device: torch.device) -> bool:
+    """Whether a forward and backward pass with `ballast` bytes beside it finds room. Frees everything again."""
+    try:
+        _forward_and_backward(module_of().to(device), job, ballast, device)
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _forward_and_backward(module: nn.Module, job: Job, ballast: int, device: torch.device) -> None:
+    # Never written to: on a CPU it counts against limits of the address space without taking pages.
+    beside = torch.empty(ballast, dtype=torch.uint8, device=device)
+    if job.precision == "bf16_pure":
+        module = module.to(torch.bfloat16)
+    lower = torch.float16 if job.precision == "fp16" else torch.bfloat16
+    with torch.autocast(device.type, lower) if job.autocast else contextlib.nullcontext():
+        loss, _ = module(**worst_case(job, device))
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    del beside
+
+
+def worst_case(job: Job, device: torch.device) -> dict[str, Any]:
+    """A micro-batch of full rows of one segment each, with the most selected positions that the job expects; flat for `varlen`."""
+    rows, length = job.micro_batch, job.seq_len
+    selected = torch.arange(int(job.selected * job.tokens), device=device)
+    positions = torch.arange(length, device=device).repeat(rows, 1)
+    tokens = torch.zeros_like(positions)
+    batch: dict[str, Any] = {"selected": selected, "labels": torch.zeros_like(selected)}
+    if job.attention != "varlen":
+        return batch | {"input_ids": tokens, "position_ids": positions, "segment_ids": torch.ones_like(tokens)}
+    bounds = torch.arange(0, job.tokens + 1, length, dtype=torch.int32, device=device)
+    flat: dict[str, Tensor] = {"input_ids": tokens.view(1, -1), "position_ids": positions.view(1, -1)}
+    return batch | flat | {"cu_seqlens": bounds, "max_length": length}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or, by torch's allocator or Python's, on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def too_large(rows: int) -> UserError:
+    """What to tell the user when a step of the run itself is out of memory."""
+    smaller = f"train.micro_batch {rows // 2}, or auto" if rows > 1 else "model.checkpoint_activations true"
+    return UserError(
+        f"train.micro_batch: a step with micro-batches of {rows} rows ran out of memory. Set {smaller}; the global batch, and so the result, stays the "
+        "same. mlm-dist plan shows what each deepspeed.config needs. The run goes on from its last checkpoint."
+    )
+
+
+# ---- how much memory there is ----
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes: of a CUDA device; of a CPU what this process may have within the machine, its control group and its address space."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    pairs = [(_kib(meminfo["MemAvailable"]), _kib(meminfo["MemTotal"])), *_control_groups()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        pairs.append((max(0, limit - _kib(status["VmSize"])), limit))
+    return min(free for free, _ in pairs), min(total for _, total in pairs)
+
+
+def _kib(text: str) -> int:
+    return int(text.split()[0]) << 10
+
+
+def _control_groups() -> Iterable[tuple[int, int]]:
+    """(free, limit) of the process's control groups, versions 2 and 1, from its own up to the root."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        version_2 = controllers == ""
+        if not version_2 and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") if version_2 else Path("/sys/fs/cgroup/memory")
+        files = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        group = root / name.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max", or a group that cannot be seen from here
+                limit, used = (int((folder / file).read_text()) for file in files)
+                yield max(0, limit - used), limit
+            if folder == root:
+                break

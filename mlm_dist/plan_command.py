@@ -1,0 +1,212 @@
+"""``mlm-dist plan``: what a run needs of a device's memory, for each ZeRO template and micro-batch, and the choice that fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mlm_dist import choice
+from mlm_dist.choice import Option, Way
+from mlm_dist.errors import UserError
+from mlm_dist.plan import TERMS, predict
+from mlm_dist.sizes import parse_size
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
+    from mlm_dist.config import Config
+
+# What BertConfig's defaults are not in the checkpoints that everyone starts from, so that these need no hub.
+KNOWN_SIZES: dict[str, dict[str, int]] = {
+    "bert-base-uncased": {},
+    "bert-base-cased": {"vocab_size": 28996},
+    "bert-large-uncased": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``mlm-dist plan``; what they do not know goes to the run config."""
+    parser.add_argument("--config", required=True, help="run config; any of its keys can follow as a flag")
+    parser.add_argument("--device-memory", required=True, metavar="SIZE", help="memory of one device, such as 16GiB")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks, one for each device (default 1)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device (default cuda)")
+    parser.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        help=f"part of it that tensors cannot have (default {choice.CUDA_RESERVE >> 20}MiB on cuda, for the context and fragmentation; 0 on cpu)",
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the table and the choice; 1 when nothing fits."""
+    from mlm_dist.config import load
+
+    config = load(["--config", args.config, *overrides], prog="mlm-dist plan").config
+    if args.world_size < 1:
+        raise UserError(f"--world-size: {args.world_size} must be at least 1.")
+    if config.train.global_batch < args.world_size:
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} rows cannot feed {args.world_size} ranks; use at least {args.world_size}."
+        )
+    memory = _size("--device-memory", args.device_memory)
+    reserve = choice.CUDA_RESERVE if args.device == "cuda" else 0
+    if args.reserve is not None:
+        reserve = 0 if args.reserve == "0" else _size("--reserve", args.reserve)
+    bert = sizes(config)
+    options = plan(config, bert, world_size=args.world_size, device=args.device)
+    chosen = choice.choose(options, memory - reserve, args.device)
+    if args.json:
+        print(json.dumps(_as_json(options, chosen, memory, reserve), indent=1))
+    else:
+        _show(options, chosen, memory, reserve, args.device)
+    return 0 if chosen else 1
+
+
+def sizes(config: Config) -> BertConfig:
+    """The model's configuration, without weights, and of tokenizers only what is at hand. Raises UserError when it cannot be known."""
+    from mlm_dist.model import bert
+
+    section = config.model
+    if section.init == "pretrained":
+        known = KNOWN_SIZES.get((section.name_or_path or "").removeprefix("google-bert/"))
+        if known is None:
+            return bert.load_config(section, vocab_size=None, pad_token_id=0)
+        section = replace(
+            section, init="config", name_or_path=None, config=known | {"vocab_size": known.get("vocab_size", 30522)}
+        )
+    vocabulary = None
+    if "vocab_size" not in (section.config or {}):
+        from mlm_dist.data import tokenizer
+
+        try:
+            vocabulary = len(tokenizer.load_pretrained(config.data.tokenizer))
+        except UserError as error:
+            raise UserError(
+                f"{error} The planner needs no tokenizer if it is told the size: --model.config.vocab_size 30522."
+            ) from error
+    return bert.load_config(section, vocab_size=vocabulary, pad_token_id=0)
+
+
+def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
+    """Every way with every micro-batch, in the order in which they are taken; the run's own template comes first when it is none of ours."""
+    from mlm_dist.ds_config import load_template
+
+    own = config.deepspeed.config
+    known = {way.template for way in choice.ORDER}
+    ways = [*([] if own in known else [Way(own, False), Way(own, True)]), *choice.ORDER]
+    zero = {name: load_template(name)["zero_optimization"] for name in {way.template for way in ways}}
+    return [
+        Option(
+            way,
+            rows,
+            predict(
+                choice.job(
+                    config,
+                    bert,
+                    zero[way.template],
+                    world_size=world_size,
+                    micro_batch=rows,
+                    device=device,
+                    capability=(8, 0) if device == "cuda" else None,  # Ampere or later
+                    checkpoint=way.checkpoint,
+                )
+            ),
+        )
+        for way in ways
+        for rows in choice.micro_batches(choice.share(config, world_size))
+    ]
+
+
+def _size(flag: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f}"
+
+
+def _name(way: Way) -> str:
+    return way.template + (" + checkpointing" if way.checkpoint else "")
+
+
+def _as_json(options: list[Option], chosen: Option | None, memory: int, reserve: int) -> dict[str, Any]:
+    def plain(option: Option) -> dict[str, Any]:
+        found = option.prediction
+        return {
+            "template": option.way.template,
+            "checkpoint_activations": option.way.checkpoint,
+            "micro_batch": option.micro_batch,
+            "device_bytes": found.total,
+            "host_bytes": found.total_host,
+            "moment": found.moment,
+            "device": found.device,
+            "host": found.host,
+        }
+
+    return {
+        "device_memory": memory,
+        "reserve": reserve,
+        "choice": plain(chosen) if chosen else None,
+        "options": [plain(option) for option in options],
+    }
+
+
+def _show(options: list[Option], chosen: Option | None, memory: int, reserve: int, device: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    room = memory - reserve
+    table = Table(title=f"GiB of a {device} device by micro-batch; in brackets: too much for {_gib(room)}, or too near")
+    table.add_column("template")
+    rows = list(dict.fromkeys(option.micro_batch for option in options))
+    for micro_batch in rows:
+        table.add_column(str(micro_batch), justify="right")
+    by_way: dict[Way, list[Option]] = {}
+    for option in options:
+        by_way.setdefault(option.way, []).append(option)
+    for way, of_way in by_way.items():
+        cells = [(_gib(choice.needed(o.prediction, device)), choice.fits(o.prediction, room, device)) for o in of_way]
+        table.add_row(_name(way), *(text if good else f"({text})" for text, good in cells))
+    console.print(table)
+    terms = Table(title="what it is made of, at the largest micro-batch that fits, or the smallest")
+    for column in ("template", "rows", *TERMS, "sum", "host", "peak at"):
+        terms.add_column(column, justify="left" if column in ("template", "peak at") else "right")
+    for way, of_way in by_way.items():
+        best = choice.choose(of_way, room, device) or of_way[0]
+        found = best.prediction
+        terms.add_row(
+            _name(way),
+            str(best.micro_batch),
+            *(_gib(found.device[term]) for term in TERMS),
+            _gib(found.total),
+            _gib(found.total_host),
+            found.moment,
+        )
+    console.print(terms)
+    console.print(
+        f"{_gib(memory)} GiB of device memory, of which {_gib(reserve)} are kept for the context and fragmentation. "
+        f"Predictions are held to be within {choice.MARGIN:.0%}: what fits leaves as much room."
+    )
+    if chosen is None:
+        least = min(options, key=lambda option: choice.needed(option.prediction, device))
+        over = int(choice.needed(least.prediction, device) * (1 + choice.MARGIN)) - room
+        console.print(
+            f"nothing fits: {_name(least.way)} with micro-batches of {least.micro_batch} needs {_gib(over)} GiB more."
+        )
+        return
+    console.print(
+        f"choice: deepspeed.config {chosen.way.template}, model.checkpoint_activations {str(chosen.way.checkpoint).lower()}, "
+        f"train.micro_batch {chosen.micro_batch}: {_gib(choice.needed(chosen.prediction, device))} GiB at its peak ({chosen.prediction.moment})"
+    )
