@@ -146,6 +146,16 @@ def load_template(name_or_path: str) -> dict[str, Any]:
     return check_template(template)
 
 
+def for_world(template: dict[str, Any], *, world_size: int, precision: Precision) -> dict[str, Any]:
+    """The template as `world_size` ranks should run it. One rank has nothing to partition: stages 1 to 3 would cost it
+    copies of all weights and gradients for the same result, so it gets stage 0, unless offload or `bf16_pure` need more.
+    """
+    zero = template["zero_optimization"]
+    if world_size > 1 or zero["stage"] == 0 or "offload_optimizer" in zero or precision == "bf16_pure":
+        return template
+    return {**template, "zero_optimization": {"stage": 0}}
+
+
 def check_template(template: Any) -> dict[str, Any]:
     """The template with whole floats made integers; raises UserError as load_template() does."""
     if not isinstance(template, dict):

@@ -115,6 +115,9 @@ class Engine:
         self._linear = nn.functional.linear
         if self.stage == 3 and leaves:
             deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
+        self._clip: float = ds_config["gradient_clipping"]
+        if self.stage == 0:  # done here, with the norm that is needed anyway
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
         # Stage 1 of the `bf16` block prints readings of memory.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
@@ -222,8 +225,11 @@ class Engine:
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         if self._scaler is not None:
             torch._foreach_mul_(grads, 1 / self._scaler.scale)
-        norm = float(torch.nn.utils.get_total_norm(grads))
+        total = torch.nn.utils.get_total_norm(grads)
+        norm = float(total)
         if math.isfinite(norm):
+            if 0 < self._clip < norm + 1e-6:  # else torch multiplies all by 1
+                torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip, total)
             self._engine.step()
             return norm, False
         self._engine.zero_grad()

@@ -265,8 +265,14 @@ class Inputs(DataInputs):
                 f"{key}: {smallest} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
             )
         super().__init__(config)
+        template = ds_config.load_template(config.deepspeed.config)
+        alone = ds_config.for_world(template, world_size=world_size, precision=config.train.precision)
+        if alone is not template:
+            self.notes.append(
+                f"one rank has nothing to partition, so deepspeed.config {config.deepspeed.config} runs as ZeRO stage 0, which takes less time and memory"
+            )
         self.ds_config = ds_config.merge(
-            ds_config.load_template(config.deepspeed.config),
+            alone,
             precision=config.train.precision,
             clip=config.train.clip,
             micro_batch=self.micro_batch,

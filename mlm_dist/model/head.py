@@ -77,7 +77,8 @@ class Head(nn.Module):
     def _part(self, hidden: Tensor, selected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         decoder = self.predictions.get_submodule("decoder")
         logits = decoder.forward(self._transformed(hidden.index_select(0, selected)))
-        loss = F.cross_entropy(logits.to(_wide(logits)), labels, reduction="sum")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         # After the loss: a second computation, of a chunk, ends where the backward pass has what it needs.
         with torch.no_grad():
             return loss, (logits.argmax(-1) == labels).sum()
@@ -101,10 +102,6 @@ class Head(nn.Module):
             return_predicted_tokens=True,
         )
         return out.loss, (out.predicted_tokens == labels).sum()
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 class MaskedLM(nn.Module):

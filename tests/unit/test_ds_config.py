@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlm_dist.ds_config import load_template, merge, template_names
+from mlm_dist.ds_config import for_world, load_template, merge, template_names
 from mlm_dist.errors import UserError
 
 
@@ -45,6 +45,19 @@ def test_the_runs_settings_are_always_written() -> None:
     assert "torch_autocast" not in merged
     assert json.dumps(template) == before
     assert json.loads(json.dumps(merged)) == merged
+
+
+def test_one_rank_partitions_nothing() -> None:
+    for name in template_names():
+        template = load_template(name)
+        assert for_world(template, world_size=2, precision="fp32") is template
+        alone = for_world(template, world_size=1, precision="fp32")
+        if name.endswith("offload"):
+            assert alone is template
+        else:
+            assert alone["zero_optimization"] == {"stage": 0}
+            merge(alone, precision="fp32", clip=1.0, micro_batch=1, optimizer="lamb")  # which stage 0 alone can take
+        assert for_world(template, world_size=1, precision="bf16_pure") is template
 
 
 def test_bf16_reduces_in_fp32_unless_the_template_asks() -> None:
