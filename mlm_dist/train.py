@@ -209,6 +209,10 @@ class Run:
             f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {config.train.global_batch} rows a step, "
             f"{stream.micro_batches(self.step)} x {config.train.micro_batch} on each rank"
         )
+        if config.train.precision == "fp16" and device == "cpu":
+            self.console.say(
+                "note: most CPUs emulate fp16 (measured 15 times slower than fp32); bf16 is what they are good at"
+            )
         for note in inputs.notes:
             self.console.say(f"note: {note}")
         even = [
