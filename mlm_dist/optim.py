@@ -116,8 +116,8 @@ def _cpu_adam(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _lamb(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """LAMB as its authors trained BERT with it (the paper's version 3): without bias correction, for which a warm-up
-    stands; the trust ratio ||w|| / ||update|| for the tensors that decay, 1 for biases and LayerNorms."""
+    """LAMB as in its authors' code for BERT (google-research's lamb_optimizer.py): without bias correction, for which a
+    warm-up stands; the trust ratio ||w|| / ||update|| for the tensors that decay, 1 for biases and LayerNorms."""
     from pytorch_optimizer import Lamb
 
     groups = param_groups(module, optim.weight_decay)
