@@ -62,6 +62,7 @@ class Engine:
         device: torch.device,
         deterministic: bool = False,
         prefix: str = "model.",
+        leaves: Sequence[type[nn.Module]] = (),
     ) -> None:
         """
         Args:
@@ -71,6 +72,8 @@ class Engine:
             device: where to train, as distributed.Topology.device.
             deterministic: make CUDA give the same bits each time, at a price in speed. CPU does so anyway.
             prefix: taken off the parameters' names.
+            leaves: classes of modules whose parameters stage 3 gathers together, and whose parts get no hooks: those
+                with a compiled forward, which a hook would break.
 
         Raises:
             UserError: a setting of `optim` is not possible.
@@ -95,6 +98,8 @@ class Engine:
         self._optim_meta = _group_meta(module, optim, prefix)
         # Stage 3 puts its own in place of this for the whole process, with other roundings, and leaves it there.
         self._linear = nn.functional.linear
+        if self.stage == 3 and leaves:
+            deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
         self._engine, *_ = deepspeed.initialize(
             model=self._module,
             optimizer=build_adamw(module, optim),

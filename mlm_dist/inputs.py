@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from mlm_dist import ds_config
 from mlm_dist.config import Config
 from mlm_dist.data import tokenizer as tokenizers
@@ -14,7 +16,8 @@ from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.members import TokenIds
 from mlm_dist.data.stream import SourceConfig, Stream, open_stream
 from mlm_dist.errors import UserError
-from mlm_dist.model import bert
+from mlm_dist.model import attention, bert
+from mlm_dist.model.head import check_head
 from mlm_dist.sizes import parse_size
 from mlm_dist.storage.cache import Cache
 from mlm_dist.storage.store import Store
@@ -244,6 +247,9 @@ class DataInputs:
 class Inputs(DataInputs):
     """The data's inputs, and with them the model's configuration and DeepSpeed's.
 
+    Attributes:
+        attention: what ``model.attention`` comes to; with ``varlen``, micro-batches are flat.
+
     Raises:
         UserError: something is missing, damaged or does not fit.
     """
@@ -265,6 +271,26 @@ class Inputs(DataInputs):
         )
         bert.check_vocabulary(config.model, self.pretrained_tokenizer.get_vocab())
         bert.check_fit(self.bert_config, vocab_size=self.tokenizer.vocab_size, seq_len=config.data.seq_len)
+        self._choose_kernels()
+
+    def _choose_kernels(self) -> None:
+        config, bert_config = self.config, self.bert_config
+        cuda = torch.cuda.is_available()
+        check_head(config.model.head, cuda=cuda)
+        self.attention, note = attention.choose(
+            config.model.attention,
+            capability=torch.cuda.get_device_capability() if cuda else None,
+            half_precision=config.train.precision != "fp32",
+            dropout=bert_config.attention_probs_dropout_prob,
+            head_size=bert_config.hidden_size // bert_config.num_attention_heads,
+            pads_see=config.mask.labels == "all_with_padding",
+        )
+        self.notes += [note] if note else []
+        if config.model.compile and config.data.packing == "none":
+            self.notes.append(
+                "model.compile fills every micro-batch up to train.micro_batch rows of data.seq_len tokens, and "
+                "data.packing none leaves much to fill; split or best_fit do not"
+            )
 
     def set_micro_batch(self, rows: int) -> None:
         """Take the micro-batch that ``auto`` came to."""

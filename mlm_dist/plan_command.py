@@ -98,7 +98,16 @@ def sizes(config: Config) -> BertConfig:
 def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
     """Every way with every micro-batch, in the order in which they are taken; the run's own template comes first when it is none of ours."""
     from mlm_dist.ds_config import load_template
+    from mlm_dist.model.attention import choose as choose_attention
 
+    attention, _ = choose_attention(
+        config.model.attention,
+        capability=(8, 0) if device == "cuda" else None,  # Ampere or later
+        half_precision=config.train.precision != "fp32",
+        dropout=bert.attention_probs_dropout_prob,
+        head_size=bert.hidden_size // bert.num_attention_heads,
+        pads_see=config.mask.labels == "all_with_padding",
+    )
     own = config.deepspeed.config
     known = {way.template for way in choice.ORDER}
     ways = [*([] if own in known else [Way(own, False), Way(own, True)]), *choice.ORDER]
@@ -115,7 +124,7 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
                     world_size=world_size,
                     micro_batch=rows,
                     device=device,
-                    capability=(8, 0) if device == "cuda" else None,  # Ampere or later
+                    attention=attention,
                     checkpoint=way.checkpoint,
                 )
             ),

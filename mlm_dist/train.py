@@ -42,6 +42,7 @@ from mlm_dist.lifecycle import (
 )
 from mlm_dist.meter import Meter, peak_memory_gib
 from mlm_dist.model import bert
+from mlm_dist.model.compiled import compile_layers, layer_class, plain_layers
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.optim import lr_factor
 from mlm_dist.plan import Job
@@ -154,22 +155,30 @@ class Run:
         fast = inputs.tokenizer.nano is not None
         if self.control.sum([int(fast)])[0] < self.topology.world_size and fast:
             inputs.use_reference("nanotoken is not installed on every node")
+        flat = inputs.attention == "varlen"
+        if self.control.sum([int(flat)])[0] < self.topology.world_size and flat:
+            inputs.attention, flat = "auto", False
+            inputs.notes.append("attention goes through SDPA with a mask: not every rank has a GPU for varlen")
         reader = None if path is None else checkpoint.Reader(path)
         self._settle_micro_batch(None if reader is None else reader.trainer.get("micro_batch"))
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
+        for stream in filter(None, (self.stream, self.val_stream)):
+            stream.flat, stream.one_shape = flat, config.model.compile
         section = config.model
         if path is not None and section.init == "pretrained":
             # The checkpoint holds every weight; those that the model started from need not be read.
             section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
         model = bert.build(section, inputs.bert_config, seed=config.run.seed)
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        module = MaskedLM(model, inputs.attention, config.model.head, config.model.head_chunk).to(self.topology.device)
         self.engine = Engine(
-            MaskedLM(model, attention=config.model.attention),
+            module,
             ds_config=inputs.ds_config,
             optim=config.optim,
             device=self.topology.device,
             deterministic=config.train.deterministic,
+            leaves=[layer_class(module)] if config.model.compile and self._compile(module) else [],
         )
         self.cursors = self.stream.start_cursors()
         self.wandb_id = None
@@ -200,14 +209,14 @@ class Run:
                 world_size=topology.world_size,
                 micro_batch=rows,
                 device=device.type,
-                capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+                attention=inputs.attention,
             )
 
         settled = autobatch.settle(
             job_of,
             lambda: MaskedLM(
                 bert.build(like, inputs.bert_config, seed=0),
-                attention=config.model.attention,
+                attention=inputs.attention,
                 head=config.model.head,
                 head_chunk=config.model.head_chunk,
             ),
@@ -219,6 +228,24 @@ class Run:
         inputs.set_micro_batch(settled.rows)
         self.micro_batch_record = settled.record
         self.console.say(f"train.micro_batch auto: {settled.rows} ({settled.how})")
+
+    def _compile(self, module: MaskedLM) -> bool:
+        """Compile the encoder layers on all ranks or, with a warning, on none; whether they are. Collective."""
+        device, cast = self.topology.device, self.inputs.ds_config.get("torch_autocast", {"enabled": False})
+        micro_batch = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in self.stream.empty_micro_batch().items()
+        }
+        autocast = getattr(torch, cast["dtype"]) if cast["enabled"] else None
+        reason = compile_layers(module, micro_batch, autocast=autocast)
+        reasons = self.control.gather(reason) or []
+        why_not = self.control.broadcast(
+            next((f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None), None)
+        )
+        if why_not is not None:
+            plain_layers(module)
+            self.console.say(f"warning: model.compile: the encoder layers run uncompiled, on all ranks ({why_not})")
+        return why_not is None
 
     def announce(self) -> None:
         """Rank 0: open the tracking and say what is about to happen."""

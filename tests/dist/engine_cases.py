@@ -124,7 +124,13 @@ def plain(steps: int, clip: float) -> Record:
 
 
 def make_engine(
-    template: Template, *, clip: float = 0.0, precision: Any = "fp32", module: nn.Module | None = None, **model: Any
+    template: Template,
+    *,
+    clip: float = 0.0,
+    precision: Any = "fp32",
+    module: nn.Module | None = None,
+    leaves: list[type[nn.Module]] | None = None,
+    **model: Any,
 ) -> Engine:
     name, changes = (template, {}) if isinstance(template, str) else template
     config = load_template(name)
@@ -134,6 +140,7 @@ def make_engine(
         ds_config=merge(config, precision=precision, clip=clip, micro_batch=4),
         optim=OPTIM,
         device=distributed.Topology.from_env().device,
+        leaves=leaves or [],
     )
 
 

@@ -63,7 +63,7 @@ def test_vocabulary_in_the_config_wins_and_the_section_is_left_alone() -> None:
     ("cfg", "message"),
     [
         (ModelConfig(init="confg", config=SIZES), r"model\.init: 'confg'.*config or pretrained"),
-        (ModelConfig(config=SIZES, attention="flash"), r"model\.attention: 'flash'.*auto, sdpa, eager"),
+        (ModelConfig(config=SIZES, attention="flash"), r"model\.attention: 'flash'.*auto, varlen, sdpa, eager"),
         (ModelConfig(), r"model\.config is missing"),
         (ModelConfig(config={}), r"model\.config is missing"),
         (ModelConfig(config=SIZES, name_or_path="x"), r"model\.name_or_path x.*pretrained"),

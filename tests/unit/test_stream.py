@@ -265,6 +265,26 @@ def test_collate_marks_segments_and_restarts_positions(corpus: Manifest, tokeniz
     assert (flat[changed] != tokenizer.cls_id).all() and len(flat) == rows.selected.sum()
 
 
+@pytest.mark.parametrize("one_shape", [False, True])
+def test_flat_micro_batches_hold_the_same_rows(corpus: Manifest, tokenizer: TextTokenizer, one_shape: bool) -> None:
+    made = maker(corpus, tokenizer, seq_len=64, packing="best_fit")
+    padded, flat = (Stream([made], 5, 4, flat=flat, one_shape=one_shape) for flat in (False, True))
+    batch = next(flat.batches())
+    wide, narrow = padded.collate(batch), flat.collate(batch)
+    assert len(wide) == len(narrow) == 2
+    empty = flat.empty_micro_batch()
+    for one, other in zip([*wide, padded.empty_micro_batch()], [*narrow, empty], strict=True):
+        inside = one["segment_ids"] > 0
+        assert torch.equal(other["input_ids"][0, : inside.sum()], one["input_ids"][inside])
+        assert torch.equal(other["labels"], one["labels"])
+        if one_shape:
+            assert one["input_ids"].shape == (4, 64) and other["input_ids"].shape == (1, 256)
+            assert other["max_length"] == 64
+        else:
+            assert other["input_ids"].numel() == inside.sum() == other["cu_seqlens"][-1]
+    assert empty["labels"].numel() == 0
+
+
 def test_a_broken_block_is_lost_whole_with_an_exact_count(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = save_corpus(tmp_path, TEXTS, shards=2, per_member=5)
     manifest = Manifest.read(path)
