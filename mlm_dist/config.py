@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from mlm_dist.checkpoint import CheckpointConfig
+from mlm_dist.combinations import Precision
 from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.stream import DataConfig
 from mlm_dist.ds_config import DeepSpeedSection
@@ -48,18 +49,20 @@ class TrainConfig:
         epochs: passes over the training manifest.
         global_batch: rows of one optimizer step over all ranks; accumulation is derived.
         micro_batch: rows of one forward and backward on one rank; ``auto``: as many as fit, by the planner and a trial on the devices.
-        precision: ``fp32``, or ``bf16`` (torch autocast; fp32 weights and moments).
+        precision: ``fp32``; ``bf16`` or ``fp16`` (torch autocast; fp32 weights and moments; fp16 with dynamic loss scaling);
+            ``bf16_pure`` (weights and activations in bf16, fp32 masters and gradient sums; ZeRO stages 1 to 3).
         clip: largest global L2 norm of the gradients; 0 is off.
         deterministic: bitwise repeatable kernels on CUDA (CPU is so anyway).
         timeout: seconds after which a collective that does not finish ends the run.
-        max_skipped: consecutive steps with a non-finite loss or gradient before the run stops.
+        max_skipped: consecutive steps with a non-finite loss or gradient before the run stops; overflows that fp16's loss
+            scale answers by halving itself are not counted.
     """
 
     steps: int | None = None
     epochs: int | None = None
     global_batch: int = 32
     micro_batch: int | Literal["auto"] = 8
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     clip: float = 1.0
     deterministic: bool = False
     timeout: float = 1800.0
@@ -117,6 +120,8 @@ class Config:
     def identity(self, data: Any, tokenizer: str) -> dict[str, Any]:
         """What a run directory is tied to: the identity keys, and the fingerprints of the data (``DataInputs.fingerprints``) and the tokenizer."""
         flat = self.flat()
+        if flat["optim.name"] == "cpu_adam":  # the same algorithm and state
+            flat["optim.name"] = "adamw"
         return {key: flat[key] for line in IDENTITY for key in line.split()} | {
             ("data.sources" if isinstance(data, dict) else "data.manifest"): data,
             "data.tokenizer": tokenizer,

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
+from mlm_dist import combinations
+from mlm_dist.combinations import Combination, OptimizerName, Precision
 from mlm_dist.errors import UserError
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass
@@ -109,7 +109,7 @@ _REFUSED = {
     "zero_quantized_nontrainable_weights": "quantized weights change the result",
     "zero_quantized_gradients": "quantized gradients change the result",
     "zenflow": "it delays updates, and restoring its state is not tested",
-    "zero_allow_untested_optimizer": "the optimizer is torch's AdamW",
+    "zero_allow_untested_optimizer": "optim.name knows which optimizers go with which stage",
     "sparse_gradients": "BERT's embedding is tied to its decoder, so its gradient is dense",
 }
 
@@ -159,53 +159,82 @@ def check_template(template: Any) -> dict[str, Any]:
     if zero.get("offload_optimizer", {}).get("device", "none") == "none":
         zero.pop("offload_optimizer", None)
     elif zero["stage"] == 0:
-        raise UserError(
-            "deepspeed.config: zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3, got 0"
-        )
+        combinations.check(Combination(0, True, "fp32", "adamw"))
     elif checked.get("zero_force_ds_cpu_optimizer") is not False:
         raise UserError(
             "deepspeed.config: zero_optimization.offload_optimizer needs "
             '"zero_force_ds_cpu_optimizer": false at the top level '
-            "(DeepSpeed's own CPU Adam needs a compiler; torch's fused AdamW is used)"
+            "(DeepSpeed would insist on its own CPU Adam, which needs a compiler; the optimizer is optim.name's)"
         )
     return checked
 
 
-def merge(template: dict[str, Any], *, precision: Precision, clip: float, micro_batch: int) -> dict[str, Any]:
+def merge(
+    template: dict[str, Any],
+    *,
+    precision: Precision,
+    clip: float,
+    micro_batch: int,
+    optimizer: OptimizerName = "adamw",
+) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
         template: from load_template().
-        precision: `bf16` runs matrix products in bfloat16 under torch.autocast, weights, gradients and optimizer
-            state staying fp32 (DeepSpeed's `bf16` block casts the loss too; measured 30 times farther from fp32).
+        precision: `bf16` and `fp16` run matrix products in that type under torch.autocast, weights, gradients and
+            optimizer state staying fp32; the engine scales the losses of fp16. `bf16_pure` is DeepSpeed's `bf16` block:
+            weights, activations and each micro-batch's gradients in bfloat16, the sum of gradients and the weights
+            that are stepped in fp32 (measured 30 times farther from fp32 than `bf16`).
         clip: global L2 norm to clip gradients at; 0 is off. Always written, as DeepSpeed's default is 1.0.
         micro_batch: rows of a micro-batch on a rank. DeepSpeed uses it in its timers only.
+        optimizer: which one the engine will hand to DeepSpeed.
 
     `gradient_accumulation_steps` is 1 whatever the run accumulates: the engine tells DeepSpeed at each micro-batch
     whether it is a step's last and scales the loss itself, so the number may differ from step to step and DeepSpeed
     must divide by nothing.
+
+    Raises UserError for a setting that is not possible, and for settings that do not go together.
     """
     config = check_template(copy.deepcopy(template))
+    zero = config["zero_optimization"]
     if not clip >= 0:
         raise UserError(f"train.clip: {clip!r} is not possible; it must be a norm above 0, or 0 for no clipping")
     if micro_batch < 1:
         raise UserError(f"train.micro_batch: {micro_batch!r} is not possible; it must be at least 1")
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise UserError(f"train.precision: {precision!r} is not possible; it must be one of {known}")
+    combinations.check(Combination(zero["stage"], "offload_optimizer" in zero, precision, optimizer))
     config.update(
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=1,
         gradient_clipping=float(clip),
         steps_per_print=2**62,
     )
-    if precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        # The modules named here (by default every Linear) have their gradients reduced, and at stage 3 their weights
-        # gathered, in bf16: half the traffic, but the sum over ranks is rounded at each addition. That is the
-        # template's to ask for.
-        if config.pop("communication_data_type", "fp32") == "fp32":
-            config["torch_autocast"]["lower_precision_safe_modules"] = []
-    elif precision != "fp32":
-        raise UserError(f"train.precision: {precision!r} is not possible; it must be fp32 or bf16")
+    config.update(_precision_sections(precision, config.pop("communication_data_type", "fp32")))
     return config
+
+
+def _precision_sections(precision: Precision, reduce_in: str) -> dict[str, Any]:
+    """DeepSpeed's keys for a precision; gradients are reduced over ranks in `reduce_in`, the template's to choose."""
+    if reduce_in == "bf16" and precision == "fp16":
+        raise UserError(
+            'deepspeed.config: communication_data_type "bf16" cannot be had with train.precision fp16; take it out'
+        )
+    if precision == "fp32":
+        return {"communication_data_type": reduce_in}
+    if precision == "bf16_pure":
+        return {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": reduce_in,
+        }
+    autocast: dict[str, Any] = {"enabled": True, "dtype": "bfloat16" if precision == "bf16" else "float16"}
+    # The modules named here (by default every Linear) have their gradients reduced, and at stage 3 their weights
+    # gathered, in the lower precision: half the traffic, but the sum over ranks is rounded at each addition.
+    if reduce_in == "fp32":
+        autocast["lower_precision_safe_modules"] = []
+    return {"torch_autocast": autocast}
 
 
 def _templates() -> Traversable:

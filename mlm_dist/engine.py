@@ -10,10 +10,15 @@ What DeepSpeed does by itself, and what is done here because of it (0.19.8):
 - Which micro-batch is the last of a step is told to it each time, so their number may change from step to step.
 - It skips a step with a non-finite norm at stages 1 to 3, and at stage 0 in fp32 or under autocast neither checks nor
   reports a norm: done here.
+- Under autocast in fp16 its scaler is of no use at stages 1 to 3: it clips the gradients before they are unscaled, and
+  never lowers the scale after an overflow, as it then returns first. So there is one scaler, here, at every stage.
+- Its `bf16` block makes the fp32 weights that are stepped from weights already rounded: the unrounded are put there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlm_dist.errors import UserError
-from mlm_dist.optim import STATE_KEYS, OptimConfig, build_adamw, param_groups
+from mlm_dist.loss_scale import LossScaler
+from mlm_dist.optim import CLASSES, STATE_KEYS, OptimConfig, build_optimizer, param_groups
 
 # Tensors, and in a flat one an int.
 MicroBatch = dict[str, Any]
@@ -43,6 +49,8 @@ class StepResult:
     """Global L2 norm of the gradient before clipping, the same on every rank; not finite when the step was skipped."""
     skipped: bool
     """A loss or gradient was not finite on some rank: weights, moments and Adam's step are as before, on every rank."""
+    overflow: bool
+    """Skipped because gradients overflowed under fp16's loss scale, which is halved now: no fault of data or weights."""
 
 
 class Engine:
@@ -95,19 +103,31 @@ class Engine:
         # Names and shapes before DeepSpeed partitions the parameters; named_parameters() gives a tied one once.
         self._parameters = {name.removeprefix(prefix): p for name, p in module.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._optim_class = CLASSES[optim.name]
         self._optim_meta = _group_meta(module, optim, prefix)
+        rounds_weights = "bf16" in ds_config
+        unrounded = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()} if rounds_weights else {}
         # Stage 3 puts its own in place of this for the whole process, with other roundings, and leaves it there.
         self._linear = nn.functional.linear
         if self.stage == 3 and leaves:
             deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
-        self._engine, *_ = deepspeed.initialize(
-            model=self._module,
-            optimizer=build_adamw(module, optim),
-            config=ds_config,
-            dist_init_required=False,
-        )
+        # Stage 1 of the `bf16` block prints readings of memory.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=self._module,
+                optimizer=build_optimizer(module, optim),
+                config=ds_config,
+                dist_init_required=False,
+            )
         assert self._engine.zero_optimization_stage() == self.stage
         self._state = zero_state(self._engine, self.stage)
+        self._scaler: LossScaler | None = None
+        if ds_config.get("torch_autocast", {}).get("dtype") == "float16":
+            self._scaler = LossScaler()
+            self._engine.torch_autocast_z0_gradscaler = None
+            self._engine.optimizer.torch_autocast_gradscaler = None
+        if rounds_weights:
+            self._write_weights(unrounded)
 
     # ---- training ----
 
@@ -134,7 +154,7 @@ class Engine:
             group["lr"] = lr
         if not self._module.training:
             self._module.train()
-        scale = self.world_size / selected_total
+        scale = self.world_size / selected_total * self._begin_scaling()
         losses: list[Tensor] = []
         corrects: list[Tensor] = []
         for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
@@ -153,6 +173,7 @@ class Engine:
             correct=torch.stack(corrects).sum(),
             grad_norm=grad_norm,
             skipped=skipped,
+            overflow=self._end_scaling(torch.stack(losses), skipped),
         )
 
     def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -169,8 +190,12 @@ class Engine:
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the module and frees its buffers. The engine is not to be used afterwards."""
+        from deepspeed.runtime import torch_autocast
+
         self._engine.destroy()
         nn.functional.linear = self._linear
+        # The process's too: a later engine would reduce by autocast's rules.
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
         return {
@@ -185,12 +210,42 @@ class Engine:
             return self._engine.get_global_grad_norm(), bool(self._engine.optimizer.overflow)
         # Gradients are reduced by now, so all ranks have the same bits and decide alike.
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if self._scaler is not None:
+            torch._foreach_mul_(grads, 1 / self._scaler.scale)
         norm = float(torch.nn.utils.get_total_norm(grads))
         if math.isfinite(norm):
             self._engine.step()
             return norm, False
         self._engine.zero_grad()
         return norm, True
+
+    # ---- fp16 ----
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next step's losses are multiplied by in fp16; None in other precisions."""
+        return None if self._scaler is None else self._scaler.scale
+
+    def _begin_scaling(self) -> float:
+        """The factor that this class puts on a step's losses. At stages 1 to 3 DeepSpeed does, as it unscales there."""
+        if self._scaler is None:
+            return 1.0
+        if self.stage == 0:
+            return self._scaler.scale
+        self._engine.optimizer.override_loss_scale(self._scaler.scale)
+        return 1.0
+
+    def _end_scaling(self, losses: Tensor, skipped: bool) -> bool:
+        """Tells the scaler how a step ended; whether it was skipped because of the scale. Collective after a skip."""
+        if self._scaler is None:
+            return False
+        if not skipped:
+            self._scaler.applied()
+            return False
+        # A loss that is not finite itself, on any rank, would not be with another scale.
+        bad_losses = (~torch.isfinite(losses)).sum()
+        dist.all_reduce(bad_losses)
+        return not bad_losses.item() and self._scaler.overflowed()
 
     # ---- state by name, for a checkpoint that knows neither the stage nor the number of ranks ----
 
@@ -217,8 +272,14 @@ class Engine:
         return self._whole(name, key)
 
     def optimizer_meta(self) -> dict[str, Any]:
-        """What else the optimizer knows, for JSON: its class, the steps applied, its groups by parameter name."""
-        return {"class": "AdamW", "step": self._state.step_count(), "groups": self._optim_meta}
+        """What else the optimizer knows, for JSON: its class, the steps applied, its groups by parameter name, the state
+        of fp16's loss scaler (None in other precisions)."""
+        return {
+            "class": self._optim_class,
+            "step": self._state.step_count(),
+            "groups": self._optim_meta,
+            "scaler": None if self._scaler is None else self._scaler.state(),
+        }
 
     def restore(
         self,
@@ -226,7 +287,8 @@ class Engine:
         read_state: Callable[[str, str], Tensor],
         meta: dict[str, Any],
     ) -> None:
-        """Puts weights, moments and Adam's step back, into any stage and number of ranks. Collective.
+        """Puts weights, moments, the count of steps and fp16's loss scale back, into any stage, number of ranks and
+        precision. Collective.
 
         Args:
             read_parameter: gives a weight by name, as gather_parameter() gave it.
@@ -236,19 +298,31 @@ class Engine:
         Raises:
             UserError: another optimizer, other parameters or another shape than this engine's.
         """
-        if meta["class"] != "AdamW":
-            raise UserError(f"checkpoint: its optimizer is {meta['class']!r}, this run's is 'AdamW'")
+        if meta["class"] != self._optim_class:
+            raise UserError(f"checkpoint: its optimizer is {meta['class']!r}, this run's is {self._optim_class!r}")
         stored = {name for group in meta["groups"] for name in group["names"]}
         if stored != self._parameters.keys():
             odd = sorted(stored ^ self._parameters.keys())
             raise UserError(f"checkpoint: it and the model differ in {len(odd)} parameter(s), such as {odd[0]!r}")
         self._state.set_step(int(meta["step"]))
+        if self._scaler is not None:
+            self._scaler.load(meta.get("scaler"))
         self._state.begin_write()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 self._state.write(parameter, None, self._checked(name, read_parameter(name)))
                 for key in STATE_KEYS:
                     self._state.write(parameter, key, self._checked(name, read_state(key, name)))
+            self._state.finish_write()
+
+    def _write_weights(self, weights: dict[str, Tensor]) -> None:
+        """Rank 0's `weights` (fp32, on CPU) into the copies that are stepped and those that the forward uses."""
+        self._state.begin_write()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                weight = weights[name].to(self.device)
+                dist.broadcast(weight, 0)
+                self._state.write(parameter, None, weight.cpu())
             self._state.finish_write()
 
     def _whole(self, name: str, key: str | None) -> Tensor:

@@ -265,6 +265,7 @@ class Inputs(DataInputs):
             precision=config.train.precision,
             clip=config.train.clip,
             micro_batch=self.micro_batch,
+            optimizer=config.optim.name,
         )
         self.bert_config = bert.load_config(
             config.model, vocab_size=self.tokenizer.vocab_size, pad_token_id=self.tokenizer.pad_id

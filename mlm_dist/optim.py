@@ -1,18 +1,29 @@
-"""AdamW: its settings, its parameter groups and the learning rate as a pure function of the run's progress."""
+"""Optimizers: their settings, their parameter groups and the learning rate as a pure function of the run's progress."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from mlm_dist.combinations import OptimizerName
 from mlm_dist.errors import UserError
 
-# The tensors that AdamW keeps for each parameter.
+# The tensors that each of the optimizers keeps for a parameter, in fp32 and of its shape.
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
+# What a checkpoint calls the algorithm that its state belongs to.
+CLASSES: dict[OptimizerName, str] = {
+    "adamw": "AdamW",
+    "cpu_adam": "AdamW",
+    "lamb": "LAMB",
+    "stable_adamw": "StableAdamW",
+}
 
 Schedule = Literal["linear", "constant"]
 
@@ -22,7 +33,9 @@ class OptimConfig:
     """The optimizer and its learning rate.
 
     Attributes:
-        name: adamw (Loshchilov and Hutter 2019), torch's own.
+        name: adamw (Loshchilov and Hutter 2019), torch's own; cpu_adam, the same by DeepSpeed's operator for an
+            offloaded optimizer, compiled on a machine's first use (two minutes, a C++ compiler); lamb (You et al. 2020)
+            and stable_adamw (Wortsman et al. 2023) at ZeRO stage 0, from pytorch_optimizer.
         lr: peak learning rate, reached after the warm-up.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
@@ -31,7 +44,7 @@ class OptimConfig:
         schedule: after the warm-up, linear falls to 0 at the run's end, constant stays.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: OptimizerName = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -40,7 +53,7 @@ class OptimConfig:
     schedule: Schedule = "linear"
 
     def check(self) -> None:
-        """Raises UserError, naming the field, for a value that cannot be meant."""
+        """Raises UserError, naming the field, for a value that cannot be meant and for an optimizer that is not installed."""
         beta1, beta2 = self.betas
         checks = (
             ("lr", self.lr, math.isfinite(self.lr) and self.lr >= 0, "a finite number, at least 0"),
@@ -62,6 +75,16 @@ class OptimConfig:
         for field, value, good, right in checks:
             if not good:
                 raise UserError(f"optim.{field}: {value!r} is not possible; it must be {right}")
+        if self.name in ("lamb", "stable_adamw") and importlib.util.find_spec("pytorch_optimizer") is None:
+            raise UserError(
+                f"optim.name: {self.name} needs the package pytorch_optimizer: pip install 'mlm-dist[optim]'"
+            )
+        compiler = os.environ.get("CXX", "c++")
+        if self.name == "cpu_adam" and shutil.which(compiler) is None:
+            raise UserError(
+                f"optim.name: cpu_adam is compiled at its first use, and there is no C++ compiler {compiler!r} here; "
+                "install one, or set optim.name to adamw, which is the same algorithm and needs none"
+            )
 
 
 def lr_factor(step: int, progress: float, *, warmup: float, schedule: Schedule) -> float:
@@ -91,7 +114,7 @@ def lr_factor(step: int, progress: float, *, warmup: float, schedule: Schedule) 
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW, `decay` and `no_decay` (biases and the parameters of LayerNorms), each left out when empty.
+    """Two groups, `decay` and `no_decay` (biases and the parameters of LayerNorms), each left out when empty.
 
     A tied parameter comes once. Frozen parameters are left out. Each group also holds `name`.
     """
@@ -109,7 +132,43 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
+def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that `optim` names, over param_groups()."""
+    builders = {"adamw": build_adamw, "cpu_adam": _cpu_adam, "lamb": _lamb, "stable_adamw": _stable_adamw}
+    return builders[optim.name](module, optim)
+
+
 def build_adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """torch's AdamW over param_groups(). The fused kernel ships with torch, on CPU too, so nothing is compiled."""
     groups = param_groups(module, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _cpu_adam(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    groups = param_groups(module, optim.weight_decay)
+    return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+
+
+def _lamb(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """LAMB as its authors trained BERT with it (the paper's version 3): without bias correction, for which a warm-up
+    stands; the trust ratio ||w|| / ||update|| for the tensors that decay, 1 for biases and LayerNorms."""
+    from pytorch_optimizer import Lamb
+
+    groups = param_groups(module, optim.weight_decay)
+    for group in groups:
+        group["adam"] = group["name"] == "no_decay"
+    # By default the library keeps weight decay out of the trust ratio, and divides the step that the ratio has already
+    # normalised by Adam's first bias correction, which makes the first steps 10 times as long.
+    optimizer = Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decouple=False, adam_debias=True)
+    # The paper's function of the weight's norm is the identity; the library's would cut it at 10, an embedding's is 100.
+    optimizer.clamp = math.inf
+    return optimizer
+
+
+def _stable_adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    from pytorch_optimizer import StableAdamW
+
+    groups = param_groups(module, optim.weight_decay)
+    return StableAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, kahan_sum=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlm_dist import choice
 from mlm_dist.choice import Option, Way
+from mlm_dist.combinations import Combination, refusal
 from mlm_dist.errors import UserError
 from mlm_dist.plan import TERMS, predict
 from mlm_dist.sizes import parse_size
@@ -96,7 +98,7 @@ def sizes(config: Config) -> BertConfig:
 
 
 def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
-    """Every way with every micro-batch, in the order in which they are taken; the run's own template comes first when it is none of ours."""
+    """Every way that the run's precision and optimizer allow, with every micro-batch, in the order in which they are taken; the run's own template comes first when it is none of ours."""
     from mlm_dist.ds_config import load_template
     from mlm_dist.model.attention import choose as choose_attention
 
@@ -112,6 +114,7 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
     known = {way.template for way in choice.ORDER}
     ways = [*([] if own in known else [Way(own, False), Way(own, True)]), *choice.ORDER]
     zero = {name: load_template(name)["zero_optimization"] for name in {way.template for way in ways}}
+    ways = [way for way in ways if _possible(config, zero[way.template])]
     return [
         Option(
             way,
@@ -132,6 +135,11 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
         for way in ways
         for rows in choice.micro_batches(choice.share(config, world_size))
     ]
+
+
+def _possible(config: Config, zero: Mapping[str, Any]) -> bool:
+    combination = Combination(zero["stage"], "offload_optimizer" in zero, config.train.precision, config.optim.name)
+    return refusal(combination) is None
 
 
 def _size(flag: str, text: str) -> int:

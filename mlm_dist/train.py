@@ -169,6 +169,8 @@ class Run:
         if path is not None and section.init == "pretrained":
             # The checkpoint holds every weight; those that the model started from need not be read.
             section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
+        if config.optim.name == "cpu_adam":
+            self.console.say("cpu_adam: DeepSpeed compiles it where it was never used, which takes about two minutes")
         model = bert.build(section, inputs.bert_config, seed=config.run.seed)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         module = MaskedLM(model, inputs.attention, config.model.head, config.model.head_chunk).to(self.topology.device)
@@ -357,11 +359,19 @@ class Run:
                     if autobatch.out_of_memory(error):
                         raise autobatch.too_large(self.inputs.micro_batch) from error
                     raise
-            not_finite = not_finite + 1 if result is not None and result.skipped else 0
+            # Overflows are how fp16 finds its loss scale; at the smallest one they are none any more, so they end.
+            if result is None or not result.overflow:
+                not_finite = not_finite + 1 if result is not None and result.skipped else 0
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
             self.cursors = batch.cursors
-            if result is None or result.skipped:
-                self._record_skip("no token was selected" if result is None else "loss or gradient is not finite")
+            if result is None:
+                self._record_skip("no token was selected")
+            elif result.skipped:
+                self._record_skip(
+                    f"gradients overflowed in fp16; the loss scale is now {self.engine.loss_scale:.0f}"
+                    if result.overflow
+                    else "loss or gradient is not finite"
+                )
             if not_finite >= config.train.max_skipped:
                 raise FloatingPointError(
                     f"loss or gradient was not finite for {not_finite} steps in a row up to step {self.step} (train.max_skipped). "
@@ -440,6 +450,8 @@ class Run:
             "selected": selected,
             "skipped": self.skipped,
         }
+        if self.engine.loss_scale is not None:
+            record["loss_scale"] = self.engine.loss_scale
         self.tracker.log({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         self.dir.status("running", self.step)
         self.console.train(self.step, epoch, progress, loss, rate, lr)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -54,26 +55,32 @@ class ZeroState(ABC):
         """To be called after the last write: brings the copies of the weights that the forward uses up to date."""
 
     def started(self) -> bool:
-        """Whether the optimizer has state, which torch's makes at its first step."""
+        """Whether the optimizer has state, which it makes at its first step."""
         return any(len(self.base.state.get(holder, ())) > 0 for holder in self.holders())
 
     def step_count(self) -> int:
         """How many steps the optimizer has applied; skipped ones are not among them."""
-        for holder in self.holders():
-            state = self.base.state.get(holder, {})
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        states = (self.base.state.get(holder, {}) for holder in self.holders())
+        counts = [keeper["step"] for keeper in (*self.base.param_groups, *states) if "step" in keeper]
+        return int(counts[0]) if counts else 0
 
     def set_step(self, step: int) -> None:
-        """Sets the step of every holder, making its state (zeros) first where there is none."""
+        """Sets the optimizer's count of steps, making every holder's state (zeros) first where there is none."""
+        # torch's AdamW counts beside each holder, its fused kernel in fp32 as its own _init_group makes it; DeepSpeed's
+        # CPU Adam there too, in an int; pytorch_optimizer's in an int of each group.
+        by_holder = isinstance(self.base, torch.optim.AdamW | DeepSpeedCPUAdam)
         for holder in self.holders():
             state = self.base.state[holder]
-            # AdamW's fused kernel keeps the step beside the parameter as fp32, as torch's own _init_group makes it.
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=holder.device)
             for key in STATE_KEYS:
                 if key not in state:
                     state[key] = torch.zeros_like(holder, requires_grad=False)
+            if isinstance(self.base, torch.optim.AdamW):
+                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=holder.device)
+            elif by_holder:
+                state["step"] = step
+        if not by_holder:
+            for group in self.base.param_groups:
+                group["step"] = step
 
 
 class WholeState(ZeroState):

@@ -4,6 +4,7 @@ loop to compare with."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mlm_dist import distributed
+from mlm_dist.combinations import Combination
 from mlm_dist.ds_config import load_template, merge
 from mlm_dist.engine import Engine, MicroBatch
 from mlm_dist.errors import UserError
+from mlm_dist.loss_scale import LossScaler
 from mlm_dist.model.bert import ModelConfig, build, load_config
 from mlm_dist.model.head import MaskedLM
-from mlm_dist.optim import OptimConfig, build_adamw
+from mlm_dist.optim import OptimConfig, build_adamw, build_optimizer
 
 VOCABULARY = 211
 LENGTH = 32
@@ -31,13 +34,15 @@ Record = dict[str, list[float]]
 Saved = dict[str, Any]
 
 
-def make_module(*, seed: int = 7, dropout: float = 0.0, checkpoint_activations: bool = False) -> MaskedLM:
+def make_module(
+    *, seed: int = 7, dropout: float = 0.0, checkpoint_activations: bool = False, layers: int = 2
+) -> MaskedLM:
     """A BERT small and odd in its sizes, so that partitions over 2 or 3 ranks are padded."""
     cfg = ModelConfig(
         config={
             "vocab_size": VOCABULARY,
             "hidden_size": 36,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": 3,
             "intermediate_size": 70,
             "max_position_embeddings": LENGTH,
@@ -103,10 +108,14 @@ def learning_rate(step: int) -> float:
 
 
 @cache
-def plain(steps: int, clip: float) -> Record:
+def plain(steps: int, clip: float, optimizer_name: Any = "adamw") -> Record:
     """Plain PyTorch on the whole batch in one process: what every engine must give."""
     module = make_module()
-    optimizer = torch.optim.AdamW(build_adamw(module, OPTIM).param_groups, lr=OPTIM.lr, foreach=False, fused=False)
+    if optimizer_name in ("adamw", "cpu_adam"):
+        groups = build_adamw(module, OPTIM).param_groups
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, foreach=False, fused=False)
+    else:
+        optimizer = build_optimizer(module, replace(OPTIM, name=optimizer_name))
     record: Record = {"losses": [], "correct": [], "norms": []}
     for step in range(steps):
         loss_sum, correct = module(**make_batch(step, list(range(ROWS))))
@@ -128,6 +137,7 @@ def make_engine(
     *,
     clip: float = 0.0,
     precision: Any = "fp32",
+    optimizer: Any = "adamw",
     module: nn.Module | None = None,
     leaves: list[type[nn.Module]] | None = None,
     **model: Any,
@@ -137,8 +147,8 @@ def make_engine(
     config["zero_optimization"] |= changes
     return Engine(
         make_module(**model) if module is None else module,
-        ds_config=merge(config, precision=precision, clip=clip, micro_batch=4),
-        optim=OPTIM,
+        ds_config=merge(config, precision=precision, clip=clip, micro_batch=4, optimizer=optimizer),
+        optim=replace(OPTIM, name=optimizer),
         device=distributed.Topology.from_env().device,
         leaves=leaves or [],
     )
@@ -177,17 +187,20 @@ def restore_all(engine: Engine, saved: Saved) -> None:
     )
 
 
-def same_bits(a: Saved, b: Saved) -> bool:
+def same_tensors(a: Saved, b: Saved) -> bool:
     tensors = a["tensors"], b["tensors"]
-    return a["meta"] == b["meta"] and all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0] | tensors[1])
+    return all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0] | tensors[1])
+
+
+def same_bits(a: Saved, b: Saved) -> bool:
+    return a["meta"] == b["meta"] and same_tensors(a, b)
 
 
 # ---- the cases: each is called on every rank ----
 
 
 def run(jobs: list[tuple[str, dict[str, Any]]]) -> list[Any]:
-    """Cases by name with their arguments, one after the other in one launch, as starting a rank takes seconds. Cases in
-    bf16 come last: DeepSpeed's switch for autocast is the process's."""
+    """Cases by name with their arguments, one after the other in one launch, as starting a rank takes seconds."""
     distributed.init(60)
     control = distributed.ControlGroup(60)
     results = [globals()[name](control, **args) for name, args in jobs]
@@ -285,33 +298,123 @@ class Poisonable(MaskedLM):
         return loss * factor + offset, correct
 
 
-def skipping(control: distributed.ControlGroup, templates: list[Template]) -> list[dict[str, Any]]:
-    """Each template: steps that must be skipped, of three causes, between steps that must not."""
+def skipping(control: distributed.ControlGroup, cases: list[tuple[Template, Any]]) -> list[dict[str, Any]]:
+    """Each template and precision: steps that must be skipped, of three causes, between steps that must not."""
     results = []
     poisons = {"nan": {"factor": torch.tensor(math.nan)}, "inf": {"factor": torch.tensor(math.inf)}}
     poisons["finite gradient"] = {"offset": torch.tensor(math.inf)}
-    for template in templates:
-        engine = make_engine(template, clip=0.5, module=Poisonable(make_module().model, "auto"))
-        reference = make_engine(template, clip=0.5)
+    for template, precision in cases:
+        engine = make_engine(
+            template, clip=0.5, precision=precision, module=Poisonable(make_module().model, "auto")
+        )
+        reference = make_engine(template, clip=0.5, precision=precision)
         run_steps(engine, control, 0, 2)
-        outcome: dict[str, Any] = {"template": template}
+        outcome: dict[str, Any] = {"case": (template, precision)}
         for name, poison in poisons.items():
-            before = gather_all(engine)
-            batches = parts(5, control.rank, control.world_size, 2)
-            if control.rank == control.world_size - 1:
-                batches[0] |= poison
-            result = engine.step(batches, selected_total=selected_total(5), lr=0.1, seeds=[1, 2])
-            outcome[name] = {
-                "skipped": result.skipped,
-                "finite norm": math.isfinite(float(result.grad_norm)),
-                "unchanged": same_bits(before, gather_all(engine)),
-            }
+            outcome[name] = skipped_step(engine, control, poison)
         outcome["after"] = run_steps(engine, control, 2, 4, accumulation=0)
         run_steps(reference, control, 0, 2)
         outcome["reference"] = run_steps(reference, control, 2, 4, accumulation=0)
+        if precision == "fp16":
+            # The loss is finite, its gradient in fp16 is not: the scale's fault, for all that one can tell.
+            outcome["overflow"] = skipped_step(engine, control, {"factor": torch.tensor(1e20)})
         results.append(outcome)
         engine.close()
         reference.close()
+    return results
+
+
+def skipped_step(engine: Engine, control: distributed.ControlGroup, poison: MicroBatch) -> dict[str, Any]:
+    """What came of a step with `poison` in one micro-batch of the last rank."""
+    before, scale = gather_all(engine), engine.loss_scale
+    batches = parts(5, control.rank, control.world_size, 2)
+    if control.rank == control.world_size - 1:
+        batches[0] |= poison
+    result = engine.step(batches, selected_total=selected_total(5), lr=0.1, seeds=[1, 2])
+    after = gather_all(engine)
+    return {
+        "skipped": result.skipped,
+        "overflow": result.overflow,
+        "finite norm": math.isfinite(float(result.grad_norm)),
+        "unchanged": same_tensors(before, after) and before["meta"]["step"] == after["meta"]["step"],
+        "scale": scale and engine.loss_scale and engine.loss_scale / scale,
+    }
+
+
+def overflowing(control: distributed.ControlGroup, templates: list[Template], scale: float) -> list[dict[str, Any]]:
+    """Each template in fp16 from a scale far too large: the scales tried until a step was applied, and the loss then."""
+    results = []
+    for template in templates:
+        engine = make_engine(template, clip=0.5, precision="fp16")
+        saved = gather_all(engine)
+        saved["meta"]["scaler"] = {"scale": scale, "good_steps": LossScaler.GROWTH_INTERVAL - 1}
+        restore_all(engine, saved)
+        scales, steps = [], []
+        for step in [0] * 40:
+            scales.append(engine.loss_scale)
+            batches = parts(step, control.rank, control.world_size, 1)
+            result = engine.step(batches, selected_total=selected_total(0), lr=learning_rate(0), seeds=[0])
+            assert result.skipped == result.overflow
+            steps.append(engine.optimizer_meta()["step"])
+            if not result.skipped:
+                break
+        loss, _ = engine.evaluate(make_batch(1, list(range(ROWS))))
+        results.append({"template": template, "scales": scales, "steps": steps, "loss": float(loss)})
+        engine.close()
+    return results
+
+
+def accumulating(
+    control: distributed.ControlGroup, templates: list[Template]
+) -> list[tuple[Template, list[float]]]:
+    """Each template in bf16_pure: the norm of a micro-batch, and with 32 more of a 1024th of its gradient."""
+    results = []
+    large = make_batch(0, [control.rank])
+    small = large | {"factor": torch.tensor(2.0**-10)}
+    for template in templates:
+        engine = make_engine(template, precision="bf16_pure", module=Poisonable(make_module().model, "auto"))
+        norms = []
+        for batches in ([large], [large] + 32 * [small]):
+            result = engine.step(batches, selected_total=20, lr=0.0, seeds=[0] * len(batches))
+            norms.append(float(result.grad_norm))
+        results.append((template, norms))
+        engine.close()
+    return results
+
+
+def walk(control: distributed.ControlGroup, combinations: list[Combination], steps: int) -> list[dict[str, Any]]:
+    """One training handed from combination to combination (as long as the algorithm is the same), `steps` steps in
+    each; in each the state is also restored into a second engine, which must go on as the first."""
+    results, at = [], 0
+    state: Saved | None = None
+    for stage, offload, precision, optimizer in combinations:
+        changes = {"stage": stage, **({"stage3_param_persistence_threshold": 40} if stage == 3 else {})}
+        name = {0: "zero0", 3: "zero3"}.get(stage, "zero2") + "_offload" * offload
+        made = {"clip": 0.5, "precision": precision, "optimizer": optimizer}
+        engine = make_engine((name, changes), **made)
+        if state is not None and state["meta"]["class"] != engine.optimizer_meta()["class"]:
+            state, at = None, 0
+        received = True
+        if state is not None:
+            restore_all(engine, state)
+            now = gather_all(engine)
+            received = same_tensors(now, state) and now["meta"]["step"] == state["meta"]["step"]
+        got = run_steps(engine, control, at, at + steps, accumulation=2)
+        state = gather_all(engine)
+        rest = run_steps(engine, control, at + steps, at + steps + 1, accumulation=3)
+        engine.close()
+        twin = make_engine((name, changes), **made, seed=1234)
+        restore_all(twin, state)
+        same = same_bits(gather_all(twin), state)
+        again = run_steps(twin, control, at + steps, at + steps + 1, accumulation=3) == rest
+        twin.close()
+        case = Combination(stage, offload, precision, optimizer)
+        results.append({"case": case, "at": at, "received": received, "got": got, "same": same, "again": again})
+        at += steps
+    longest = max(result["at"] for result in results) + steps
+    for result in results:
+        losses = plain(longest, 0.5, result["case"].optimizer)["losses"]
+        result["plain"] = losses[result["at"] : result["at"] + steps]
     return results
 
 

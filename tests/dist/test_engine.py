@@ -9,6 +9,7 @@ import pytest
 from tests.ranks import run_ranks
 
 CASES = "tests.dist.engine_cases"
+pytestmark = pytest.mark.timeout(600)
 TEMPLATES = ["zero0", "zero1", "zero2", "zero3"]
 
 # Buckets far smaller than the model, and at stage 3 nearly nothing that stays whole: what a large model meets.
@@ -77,7 +78,18 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
             "steps": 3,
         },
     ),
-    "skipping": ("skipping", {"templates": SMALL}),
+    "skipping": (
+        "skipping",
+        {
+            "cases": [
+                *((template, "fp32") for template in SMALL),
+                *((template, "bf16_pure") for template in SMALL[1:4]),
+                *((template, "fp16") for template in [SMALL[0], *SMALL[2:4]]),
+            ]
+        },
+    ),
+    "overflowing": ("overflowing", {"templates": [SMALL[0], *SMALL[2:4]], "scale": 2.0**40}),
+    "accumulating": ("accumulating", {"templates": SMALL[1:]}),
     "evaluating": ("evaluating", {"templates": [SMALL[0], *SMALL[2:4]]}),
     "refusing": ("refusing", {}),
     "bf16": (
@@ -90,7 +102,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def by_rank() -> list[dict[str, Any]]:
     """Results of JOBS by name, for each rank."""
-    results = run_ranks(f"{CASES}:run", world=2, args={"jobs": list(JOBS.values())}, timeout=280)
+    results = run_ranks(f"{CASES}:run", world=2, args={"jobs": list(JOBS.values())}, timeout=580)
     return [dict(zip(JOBS, rank, strict=True)) for rank in results]
 
 
@@ -126,10 +138,32 @@ def test_bf16_is_near_fp32_and_alike_at_every_stage(by_rank: list[dict[str, Any]
 
 def test_a_step_that_is_not_finite_is_skipped_by_all_and_leaves_no_trace(by_rank: list[dict[str, Any]]) -> None:
     for got in (got for results in by_rank for got in results["skipping"]):
+        fp16 = got["case"][1] == "fp16"
+        expected = {"skipped": True, "overflow": False, "finite norm": False, "unchanged": True}
         for cause in ("nan", "inf", "finite gradient"):
-            expected = {"skipped": True, "finite norm": False, "unchanged": True}
-            assert got[cause] == expected, (got["template"], cause)
-        assert got["after"] == got["reference"], got["template"]
+            # The loss scale is not to blame for a loss that is not finite.
+            assert got[cause] == expected | {"scale": 1.0 if fp16 else None}, (got["case"], cause)
+        assert got["after"] == got["reference"], got["case"]
+        if fp16:
+            assert got["overflow"] == expected | {"overflow": True, "scale": 0.5}, got["case"]
+
+
+def test_a_loss_scale_that_is_too_large_is_halved_until_it_fits(by_rank: list[dict[str, Any]]) -> None:
+    clipped = next(r["plain"] for r in by_rank[0]["parity"] if r["case"]["clip"] == 0.5)
+    assert by_rank[0]["overflowing"] == by_rank[1]["overflowing"]
+    for got in by_rank[0]["overflowing"]:
+        tries = len(got["scales"])
+        assert tries > 5
+        assert got["scales"] == [2.0**40 / 2**n for n in range(tries)], got["template"]
+        # The skipped steps are none to the optimizer, and the one that fitted did what it does without a scale.
+        assert got["steps"] == [0] * (tries - 1) + [1], got["template"]
+        assert got["loss"] / 130 == pytest.approx(clipped["losses"][1], abs=2e-3), got["template"]
+
+
+def test_pure_bf16_sums_the_gradients_of_micro_batches_in_fp32(by_rank: list[dict[str, Any]]) -> None:
+    for template, norms in by_rank[0]["accumulating"]:
+        # In bf16 each of the 32 small gradients would be lost beside the large one, and the ratio would be 1.
+        assert norms[1] / norms[0] == pytest.approx(1 + 32 / 1024, rel=1e-3), template
 
 
 def test_evaluation_is_right_and_does_not_disturb_the_training(by_rank: list[dict[str, Any]]) -> None:

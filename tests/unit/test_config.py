@@ -154,7 +154,7 @@ def test_variables_that_are_no_keys_are_let_be(tmp_path: Path, monkeypatch: pyte
     [
         ("train.steps", "many", "a whole number or null"),
         ("train.global_batch", "1.5", "a whole number"),
-        ("train.precision", "fp16", "one of fp32, bf16"),
+        ("train.precision", "fp8", "one of fp32, bf16, bf16_pure, fp16"),
         ("optim.lr", "fast", "a number"),
         ("train.deterministic", "maybe", "true or false"),
         ("mask.split", "[0.5, 0.5]", "a list of 3 numbers"),

@@ -55,6 +55,21 @@ def test_bf16_reduces_in_fp32_unless_the_template_asks() -> None:
     assert merged["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
 
 
+def test_pure_bf16_sums_gradients_in_fp32() -> None:
+    merged = merge(load_template("zero1"), precision="bf16_pure", clip=1.0, micro_batch=1)
+    assert merged["bf16"] == {"enabled": True}
+    assert merged["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert merged["communication_data_type"] == "fp32"
+    assert "torch_autocast" not in merged
+
+
+def test_fp16_is_autocast_and_cannot_be_reduced_in_bf16() -> None:
+    merged = merge(load_template("zero3"), precision="fp16", clip=1.0, micro_batch=1)
+    assert merged["torch_autocast"] == {"enabled": True, "dtype": "float16", "lower_precision_safe_modules": []}
+    with pytest.raises(UserError, match=r"communication_data_type .*fp16"):
+        merge(load_template("zero1") | {"communication_data_type": "bf16"}, precision="fp16", clip=1.0, micro_batch=1)
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -113,7 +128,7 @@ def test_numbers_as_people_write_them_become_integers(tmp_path: Path) -> None:
         ({"clip": -1.0}, "train.clip"),
         ({"clip": float("nan")}, "train.clip"),
         ({"micro_batch": 0}, "train.micro_batch"),
-        ({"precision": "fp16"}, "train.precision"),
+        ({"precision": "fp8"}, "train.precision: 'fp8' .*fp32, bf16, bf16_pure, fp16"),
     ],
 )
 def test_a_setting_of_the_runs_that_is_not_possible_is_named(change: dict[str, Any], said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
 
 from mlm_dist.errors import UserError
-from mlm_dist.optim import OptimConfig, Schedule, build_adamw, lr_factor, param_groups
+from mlm_dist.optim import OptimConfig, Schedule, build_adamw, build_optimizer, lr_factor, param_groups
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,70 @@ def test_adamw_gets_the_settings(bert: BertForMaskedLM) -> None:
     for group, decay in zip(optimizer.param_groups, (0.2, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-6)
         assert group["weight_decay"] == decay
+
+
+State = dict[str, torch.Tensor]
+Update = Callable[[torch.Tensor, torch.Tensor, State, int, float, OptimConfig], torch.Tensor]
+
+
+def lamb(
+    weight: torch.Tensor, grad: torch.Tensor, state: State, step: int, decay: float, o: OptimConfig
+) -> torch.Tensor:
+    """You et al. 2020, algorithm 2, without Adam's correction; biases and norms as in Adam, as in the authors' code."""
+    beta1, beta2 = o.betas
+    state["m"] = beta1 * state["m"] + (1 - beta1) * grad
+    state["v"] = beta2 * state["v"] + (1 - beta2) * grad**2
+    update = state["m"] / (state["v"].sqrt() + o.eps) + decay * weight
+    ratio = weight.norm() / update.norm() if decay else 1.0
+    return weight - o.lr * ratio * update
+
+
+def stable_adamw(
+    weight: torch.Tensor, grad: torch.Tensor, state: State, step: int, decay: float, o: OptimConfig
+) -> torch.Tensor:
+    """Wortsman et al. 2023, algorithm 2."""
+    beta1, beta2 = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in o.betas)
+    state["m"] = beta1 * state["m"] + (1 - beta1) * grad
+    state["v"] = beta2 * state["v"] + (1 - beta2) * grad**2
+    rms = (grad**2 / state["v"].clamp(min=o.eps**2)).mean().sqrt()
+    lr = o.lr / max(1.0, float(rms))
+    return weight - lr * decay * weight - lr * state["m"] / (state["v"].sqrt() + o.eps)
+
+
+@pytest.mark.parametrize(("name", "update"), [("lamb", lamb), ("stable_adamw", stable_adamw)])
+def test_the_librarys_optimizers_step_as_their_papers_say(name: Any, update: Update) -> None:
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(30, 40), nn.LayerNorm(40)).double()
+    with torch.no_grad():
+        module[0].weight.mul_(20)  # of norm above 10
+    config = OptimConfig(name=name, lr=0.02, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    optimizer = build_optimizer(module, config)
+    expected = {n: p.detach().clone() for n, p in module.named_parameters()}
+    states = {n: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for n, p in expected.items()}
+    for step in range(1, 8):
+        for n, parameter in module.named_parameters():
+            # One step of far larger gradients, which StableAdamW is for.
+            parameter.grad = torch.randn_like(parameter) * (50.0 if step == 5 else 0.1)
+            decay = config.weight_decay if n == "0.weight" else 0.0
+            expected[n] = update(expected[n], parameter.grad, states[n], step, decay, config)
+        optimizer.step()
+        for n, parameter in module.named_parameters():
+            # The library adds eps to the norm that LAMB divides by.
+            torch.testing.assert_close(parameter.detach(), expected[n], rtol=1e-6, atol=1e-7)
+            state = optimizer.state[parameter]
+            torch.testing.assert_close(state["exp_avg"], states[n]["m"])
+            torch.testing.assert_close(state["exp_avg_sq"], states[n]["v"])
+
+
+def test_an_optimizer_that_is_not_there_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("lamb", "stable_adamw"):
+        with pytest.raises(UserError, match=f"optim.name: {name} .*pip install 'mlm-dist\\[optim\\]'"):
+            OptimConfig(name=name).check()  # type: ignore[arg-type]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"optim.name: cpu_adam .*'no-such-compiler'.*adamw"):
+        OptimConfig(name="cpu_adam").check()
+    OptimConfig(name="adamw").check()
 
 
 @given(steps=st.integers(1, 300), warmup=st.integers(1, 300))
