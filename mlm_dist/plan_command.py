@@ -98,7 +98,10 @@ def sizes(config: Config) -> BertConfig:
 
 
 def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
-    """Every way that the run's precision and optimizer allow, with every micro-batch, in the order in which they are taken; the run's own template comes first when it is none of ours."""
+    """Every way that the run's precision and optimizer allow, with every micro-batch, in the order in which they are taken.
+
+    The run's own template comes first when it is none of ours.
+    """
     from mlm_dist.ds_config import load_template
     from mlm_dist.model.attention import choose as choose_attention
 
