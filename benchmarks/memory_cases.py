@@ -122,17 +122,18 @@ def measure(setting: Setting) -> dict[str, int]:
     """Peak bytes of this rank by phase (`start`, `forward`, `backward`, `apply`), from before the model is built to the end of the second step."""
     from mlm_dist import distributed
 
-    distributed.init(120)
-    with settled_collectives(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with record_function(MARK + "start"):
-            engine = _engine(setting, torch.device("cpu"))
-        for name, owner, method in (
-            ("forward", engine._engine, "forward"),
-            ("backward", engine._engine, "backward"),
-            ("apply", engine, "_apply"),
-        ):
-            setattr(owner, method, _marked(MARK + name, getattr(owner, method)))
-        _steps(setting, engine)
+    with settled_collectives():  # before DeepSpeed looks them up
+        distributed.init(120)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            with record_function(MARK + "start"):
+                engine = _engine(setting, torch.device("cpu"))
+            for name, owner, method in (
+                ("forward", engine._engine, "forward"),
+                ("backward", engine._engine, "backward"),
+                ("apply", engine, "_apply"),
+            ):
+                setattr(owner, method, _marked(MARK + name, getattr(owner, method)))
+            _steps(setting, engine)
     found = peaks(profiler) | {"host": host_bytes(engine)}
     distributed.shutdown()
     return found

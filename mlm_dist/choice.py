@@ -76,7 +76,7 @@ def job(
     world_size: int,
     micro_batch: int,
     device: str,
-    capability: tuple[int, int] | None,
+    attention: str,
     checkpoint: bool | None = None,
 ) -> Job:
     """What a rank of this run does, as the planner takes it.
@@ -84,22 +84,14 @@ def job(
     Args:
         zero: the template's `zero_optimization`.
         device: `cuda` or `cpu`.
-        capability: compute capability of a CUDA device, None on the CPU.
+        attention: what `attention.choose` made of `model.attention`.
         checkpoint: in place of `model.checkpoint_activations`.
     """
-    from mlm_dist.model import attention as attentions
+    from mlm_dist.model.attention import resolve_attention
 
     dropout = bert.attention_probs_dropout_prob
-    attention, _ = attentions.choose(
-        config.model.attention,
-        capability=capability,
-        half_precision=config.train.precision != "fp32",
-        dropout=dropout,
-        head_size=bert.hidden_size // bert.num_attention_heads,
-        pads_see=config.mask.labels == "all_with_padding",
-    )
     if attention != "varlen":
-        attention = attentions.resolve_attention(attention, device_type=device, dropout=dropout)
+        attention = resolve_attention(attention, device_type=device, dropout=dropout)
     return Job(
         Model.of(bert),
         zero,

@@ -161,6 +161,11 @@ class Job:
         return self.compute < self.weight
 
     @property
+    def keeps_casts(self) -> bool:
+        """The backward pass uses those copies; DeepSpeed's own linear function of stage 3 keeps what they were made from, and makes them again."""
+        return self.autocast and self.zero["stage"] < 3
+
+    @property
     def offload(self) -> bool:
         """The optimizer lives on the host."""
         return "offload_optimizer" in self.zero
@@ -379,10 +384,10 @@ def _layer(job: Job) -> _Layer:
     dropped = job.hidden_dropout > 0
     scores, scores_backward = _scores(job)
     # Autocast casts the layer's input once for each of query, key and value, and the feed-forward's input.
-    cast = t * h * c if job.autocast else 0
+    cast = t * h * c if job.keeps_casts else 0
     attention = 3 * cast + 3 * t * h * c + scores
     # The dense layer's noise, the sum that LayerNorm takes, its two statistics, and its output, of which autocast needs the casts only.
-    norm = (_noise(job, t * h, c) if dropped else 0) + t * h * f * (1 if job.autocast else 2) + 8 * t
+    norm = (_noise(job, t * h, c) if dropped else 0) + t * h * f * (1 if job.keeps_casts else 2) + 8 * t
     rest = norm + cast + 2 * t * i * c + norm
     # Backward: LayerNorm's gradient (it also goes past the block), through dropout or a cast, and that of the activation's output.
     through = t * h * c if dropped or job.autocast else 0
@@ -417,10 +422,10 @@ def _moments(job: Job, zero: _Zero) -> Iterator[tuple[str, dict[str, int]]]:
     # Token, position and segment ids of this step and the next (the feed is a batch ahead), the gathered token types.
     inputs = 8 * t * (3 * 2 + 1)
     mask = t * job.seq_len * c if job.attention != "varlen" else 0
-    embedded = t * h * w * (1 if job.autocast else 2) + 8 * t + (_noise(job, t * h, w) if job.hidden_dropout else 0)
+    embedded = t * h * w * (1 if job.keeps_casts else 2) + 8 * t + (_noise(job, t * h, w) if job.hidden_dropout else 0)
     base = inputs + mask + embedded
     # Autocast keeps the copies of weights that it made until the backward pass has used them.
-    copies = c * (m.layer - 9 * h - m.intermediate) if job.autocast else 0
+    copies = c * (m.layer - 9 * h - m.intermediate) if job.keeps_casts else 0
     kept, again = layer.kept, 0
     if job.checkpoint_activations:
         # Only a layer's input is kept, and one layer is computed again at a time.
@@ -513,8 +518,8 @@ def _head(job: Job) -> tuple[int, int]:
     selected = int(job.selected * job.tokens)
     chunk = min(selected, job.head_chunk)
     # Gathered states (and their cast), dense layer, activation, norm (and its cast).
-    transform = chunk * m.hidden * (2 * w + 2 * c + (2 * c if job.autocast else 0)) + 8 * chunk
-    decoder = c * (m.words + m.hidden * m.hidden) if job.autocast else 0
+    transform = chunk * m.hidden * (2 * w + 2 * c + (2 * c if job.keeps_casts else 0)) + 8 * chunk
+    decoder = c * (m.words + m.hidden * m.hidden) if job.keeps_casts else 0
     logits = chunk * m.vocab
     wide = 0 if c == 4 else 4
     forward = transform + decoder + logits * (c + wide + 4)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlm_dist import choice
 from mlm_dist.choice import Option, Way
+from mlm_dist.combinations import Combination, refusal
 from mlm_dist.errors import UserError
 from mlm_dist.plan import TERMS, predict
 from mlm_dist.sizes import parse_size
@@ -96,13 +98,26 @@ def sizes(config: Config) -> BertConfig:
 
 
 def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
-    """Every way with every micro-batch, in the order in which they are taken; the run's own template comes first when it is none of ours."""
-    from mlm_dist.ds_config import load_template
+    """Every way that the run's precision and optimizer allow, with every micro-batch, in the order in which they are taken.
 
+    The run's own template comes first when it is none of ours.
+    """
+    from mlm_dist.ds_config import load_template
+    from mlm_dist.model.attention import choose as choose_attention
+
+    attention, _ = choose_attention(
+        config.model.attention,
+        capability=(8, 0) if device == "cuda" else None,  # Ampere or later
+        half_precision=config.train.precision != "fp32",
+        dropout=bert.attention_probs_dropout_prob,
+        head_size=bert.hidden_size // bert.num_attention_heads,
+        pads_see=config.mask.labels == "all_with_padding",
+    )
     own = config.deepspeed.config
     known = {way.template for way in choice.ORDER}
     ways = [*([] if own in known else [Way(own, False), Way(own, True)]), *choice.ORDER]
     zero = {name: load_template(name)["zero_optimization"] for name in {way.template for way in ways}}
+    ways = [way for way in ways if _possible(config, zero[way.template])]
     return [
         Option(
             way,
@@ -115,7 +130,7 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
                     world_size=world_size,
                     micro_batch=rows,
                     device=device,
-                    capability=(8, 0) if device == "cuda" else None,  # Ampere or later
+                    attention=attention,
                     checkpoint=way.checkpoint,
                 )
             ),
@@ -123,6 +138,11 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
         for way in ways
         for rows in choice.micro_batches(choice.share(config, world_size))
     ]
+
+
+def _possible(config: Config, zero: Mapping[str, Any]) -> bool:
+    combination = Combination(zero["stage"], "offload_optimizer" in zero, config.train.precision, config.optim.name)
+    return refusal(combination) is None
 
 
 def _size(flag: str, text: str) -> int:

@@ -173,14 +173,14 @@ class Run:
         fast = inputs.tokenizer.nano is not None
         if self.control.sum([int(fast)])[0] < self.topology.world_size and fast:
             inputs.use_reference("nanotoken is not installed on every node")
-        reader = None if path is None else checkpoint.Reader(path)
-        self._settle_micro_batch(None if reader is None else reader.trainer.get("micro_batch"))
-        self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
-        self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
         flat = inputs.attention == "varlen"
         if self.control.sum([int(flat)])[0] < self.topology.world_size and flat:
             inputs.attention, flat = "auto", False
             inputs.notes.append("attention goes through SDPA with a mask: not every rank has a GPU for varlen")
+        reader = None if path is None else checkpoint.Reader(path)
+        self._settle_micro_batch(None if reader is None else reader.trainer.get("micro_batch"))
+        self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
+        self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
         for stream in filter(None, (self.stream, self.val_stream)):
             stream.flat, stream.one_shape = flat, config.model.compile
         section = config.model
@@ -248,14 +248,14 @@ class Run:
                 world_size=topology.world_size,
                 micro_batch=rows,
                 device=device.type,
-                capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+                attention=inputs.attention,
             )
 
         settled = autobatch.settle(
             job_of,
             lambda: MaskedLM(
                 bert.build(like, inputs.bert_config, seed=0),
-                attention=config.model.attention,
+                attention=inputs.attention,
                 head=config.model.head,
                 head_chunk=config.model.head_chunk,
             ),
