@@ -102,7 +102,7 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
 
     The run's own template comes first when it is none of ours.
     """
-    from mlm_dist.ds_config import load_template
+    from mlm_dist.ds_config import for_world, load_template
     from mlm_dist.model.attention import choose as choose_attention
 
     attention, _ = choose_attention(
@@ -116,8 +116,15 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
     own = config.deepspeed.config
     known = {way.template for way in choice.ORDER}
     ways = [*([] if own in known else [Way(own, False), Way(own, True)]), *choice.ORDER]
-    zero = {name: load_template(name)["zero_optimization"] for name in {way.template for way in ways}}
-    ways = [way for way in ways if _possible(config, zero[way.template])]
+    zero = {
+        name: for_world(load_template(name), world_size=world_size, precision=config.train.precision)[
+            "zero_optimization"
+        ]
+        for name in dict.fromkeys(way.template for way in ways)
+    }
+    # On one rank several run as the same: the first of them stands for all.
+    names = [name for i, name in enumerate(zero) if zero[name] not in list(zero.values())[:i]]
+    ways = [way for way in ways if way.template in names and _possible(config, zero[way.template])]
     return [
         Option(
             way,
@@ -188,7 +195,10 @@ def _show(options: list[Option], chosen: Option | None, memory: int, reserve: in
 
     console = Console(highlight=False)
     room = memory - reserve
-    table = Table(title=f"GiB of a {device} device by micro-batch; in brackets: too much for {_gib(room)}, or too near")
+    console.print(
+        f"GiB of a {device} device by micro-batch; in brackets: too much for {_gib(room)}, or too near", soft_wrap=True
+    )
+    table = Table()
     table.add_column("template")
     rows = list(dict.fromkeys(option.micro_batch for option in options))
     for micro_batch in rows:
@@ -200,33 +210,33 @@ def _show(options: list[Option], chosen: Option | None, memory: int, reserve: in
         cells = [(_gib(choice.needed(o.prediction, device)), choice.fits(o.prediction, room, device)) for o in of_way]
         table.add_row(_name(way), *(text if good else f"({text})" for text, good in cells))
     console.print(table)
-    terms = Table(title="what it is made of, at the largest micro-batch that fits, or the smallest")
-    for column in ("template", "rows", *TERMS, "sum", "host", "peak at"):
-        terms.add_column(column, justify="left" if column in ("template", "peak at") else "right")
+    console.print("what a peak is made of, at the largest micro-batch that fits, or the smallest:")
     for way, of_way in by_way.items():
         best = choice.choose(of_way, room, device) or of_way[0]
         found = best.prediction
-        terms.add_row(
-            _name(way),
-            str(best.micro_batch),
-            *(_gib(found.device[term]) for term in TERMS),
-            _gib(found.total),
-            _gib(found.total_host),
-            found.moment,
+        terms = " + ".join(
+            f"{_gib(found.device[term])} {term}" for term in TERMS if found.device[term] >= 0.005 * 2**30
         )
-    console.print(terms)
+        host = f"; {_gib(found.total_host)} on the host" if found.total_host else ""
+        console.print(
+            f"  {_name(way)}, {best.micro_batch} row{'s' * (best.micro_batch > 1)}: {_gib(found.total)} = {terms} ({found.moment}){host}",
+            soft_wrap=True,
+        )
     console.print(
         f"{_gib(memory)} GiB of device memory, of which {_gib(reserve)} are kept for the context and fragmentation. "
-        f"Predictions are held to be within {choice.MARGIN:.0%}: what fits leaves as much room."
+        f"Predictions are held to be within {choice.MARGIN:.0%}: what fits leaves as much room.",
+        soft_wrap=True,
     )
     if chosen is None:
         least = min(options, key=lambda option: choice.needed(option.prediction, device))
         over = int(choice.needed(least.prediction, device) * (1 + choice.MARGIN)) - room
         console.print(
-            f"nothing fits: {_name(least.way)} with micro-batches of {least.micro_batch} needs {_gib(over)} GiB more."
+            f"nothing fits: {_name(least.way)} with micro-batches of {least.micro_batch} needs {_gib(over)} GiB more.",
+            soft_wrap=True,
         )
         return
     console.print(
         f"choice: deepspeed.config {chosen.way.template}, model.checkpoint_activations {str(chosen.way.checkpoint).lower()}, "
-        f"train.micro_batch {chosen.micro_batch}: {_gib(choice.needed(chosen.prediction, device))} GiB at its peak ({chosen.prediction.moment})"
+        f"train.micro_batch {chosen.micro_batch}: {_gib(choice.needed(chosen.prediction, device))} GiB at its peak ({chosen.prediction.moment})",
+        soft_wrap=True,
     )
