@@ -45,7 +45,7 @@ from mlm_dist.model import bert
 from mlm_dist.model.compiled import compile_layers, layer_class, plain_layers
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.optim import lr_factor
-from mlm_dist.plan import Job
+from mlm_dist.plan_job import Job
 from mlm_dist.tracking import Tracker
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
