@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mlm_dist.plan import Job, Model
+from mlm_dist.plan_job import Job, Model
 
 COLLECTIVES = (
     "all_reduce",

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mlm_dist.choice import MARGIN, fits, micro_batches, needed
 from mlm_dist.errors import UserError
-from mlm_dist.plan import Job, bare, predict
+from mlm_dist.plan import bare, predict
+from mlm_dist.plan_job import Job
 
 
 class Control(Protocol):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlm_dist.plan import Job, Model, Prediction
+from mlm_dist.plan import Prediction
+from mlm_dist.plan_job import Job, Model
 
 if TYPE_CHECKING:
     from transformers import BertConfig

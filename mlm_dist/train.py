@@ -46,7 +46,7 @@ from mlm_dist.meter import Meter, peak_memory_gib
 from mlm_dist.model import bert
 from mlm_dist.model.compiled import compile_layers, layer_class, plain_layers
 from mlm_dist.model.head import MaskedLM
-from mlm_dist.plan import Job
+from mlm_dist.plan_job import Job
 from mlm_dist.schedule import lr_factor
 from mlm_dist.tracking import Tracker
 

@@ -19,12 +19,13 @@ def run(
     """The program's exit code, and the rows of every forward pass of this rank.
 
     Args:
-        fails_above: rows above which the model of rank 1 runs out of memory.
-        address_space: bytes that rank 1's may grow by when the trials begin; the planner is told that there is plenty.
+        fails_above: rows above which the model of the last rank runs out of memory.
+        address_space: bytes that the last rank's may grow by when the trials begin; the planner is told that there is plenty.
         trials: whether there may be any.
     """
     rows: list[int] = []
-    last = Topology.from_env().rank == 1
+    topology = Topology.from_env()
+    last = topology.rank == topology.world_size - 1
     forward, settle = MaskedLM.forward, autobatch.settle
 
     def limited(self: MaskedLM, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mlm_dist.checkpoint import Reader, newest
 from tests.e2e.program import losses, save_config
-from tests.ranks import run_ranks
+from tests.ranks import RanksFailed, run_ranks
 
 CASE = "tests.dist.auto_cases:run"
 
@@ -53,3 +55,10 @@ def test_a_rank_whose_address_space_is_small_holds_up_nobody(tmp_path: Path) -> 
     assert 1 < settled < 128
     # Halved together, although rank 0 had room for all.
     assert all(rows[0] == 128 and rows.index(settled) == (128 // settled).bit_length() - 1 for _, rows in ends)
+
+
+def test_a_step_that_runs_out_of_memory_names_the_key_and_what_to_set(tmp_path: Path) -> None:
+    config = save_config(tmp_path, train={"micro_batch": 4, "global_batch": 8})
+    said = r"exited with 2[\s\S]*train\.micro_batch: a step with micro-batches of 4 rows ran out of memory\. Set train\.micro_batch 2"
+    with pytest.raises(RanksFailed, match=said):
+        run_ranks(CASE, world=1, args={"argv": ["--config", str(config)], "fails_above": 2}, timeout=120)

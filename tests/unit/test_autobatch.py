@@ -12,7 +12,8 @@ from mlm_dist.choice import needed
 from mlm_dist.errors import UserError
 from mlm_dist.model.bert import ModelConfig, build, load_config
 from mlm_dist.model.head import MaskedLM
-from mlm_dist.plan import Job, Model, predict
+from mlm_dist.plan import predict
+from mlm_dist.plan_job import Job, Model
 
 SIZES = {
     "vocab_size": 97,

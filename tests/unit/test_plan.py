@@ -10,7 +10,8 @@ import pytest
 from mlm_dist import cli
 from mlm_dist.ds_config import load_template
 from mlm_dist.model.bert import ModelConfig, build, load_config
-from mlm_dist.plan import Job, Model, predict
+from mlm_dist.plan import predict
+from mlm_dist.plan_job import Job, Model
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
