@@ -59,8 +59,8 @@ class Zero:
 
 def _stage_0(job: Job) -> Zero:
     p = job.model.parameters
-    # DeepSpeedEngine.allreduce_bucket() flattens the gradients, by buckets, into a copy.
-    flat = 4 * min(p, job.zero.get("reduce_bucket_size", _DEFAULT_BUCKET))
+    # DeepSpeedEngine.allreduce_bucket() flattens the gradients, by buckets, into a copy; our engine has one rank reduce nothing.
+    flat = 4 * min(p, job.zero.get("reduce_bucket_size", _DEFAULT_BUCKET)) if job.world_size > 1 else 0
     return Zero(
         {"parameters": job.weight * p, "optimizer": 8 * p},
         keeps=True,
