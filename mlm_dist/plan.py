@@ -187,7 +187,8 @@ def _moments(job: Job, zero: Zero) -> Iterator[tuple[str, dict[str, int]]]:
         "backward, embeddings",
         end
         | {
-            "gradients": zero.before + _fresh(job, zero, done) + 2 * words + partition,
+            # The decoder's part, the embedding's, and autograd's sum of the two.
+            "gradients": zero.before + _fresh(job, zero, done) + 3 * words + partition,
             "activations": base + 2 * t * h * w,
         },
     )
