@@ -127,6 +127,12 @@ class Engine:
                 dist_init_required=False,
             )
         assert self._engine.zero_optimization_stage() == self.stage
+        if self.stage == 3:
+            # DeepSpeed would register them itself when it meets one that is not gathered, but small ones are so at first,
+            # and what comes after it has traced the order of use is an error.
+            for part in module.modules():
+                for parameter in getattr(part, "external_parameters", list)():
+                    deepspeed.zero.register_external_parameter(part, parameter)
         if self.stage == 0 and self.world_size == 1:
             # Alone there is nothing to reduce, and all gradients would still be copied into a bucket and back.
             self._engine.enable_backward_allreduce = False

@@ -36,10 +36,9 @@ class Head(nn.Module):
     The selected positions are taken in chunks, and of more than one chunk the backward pass computes each again, so
     that the logits of one chunk, not of all positions, are in memory. A single chunk is computed once.
 
-    Under ZeRO-3 this module owns none of the weights that it uses: DeepSpeed finds them at their first use, registers
-    them as external parameters of this module, and gathers them around its forward and its backward. The parts are
-    used by their `forward`, not called, since a hook of theirs would gather once a chunk, and ranks with other numbers
-    of chunks would wait for each other for ever.
+    Under ZeRO-3 this module owns none of the weights that it uses: the engine registers `external_parameters`, so that
+    DeepSpeed gathers them around its forward and its backward. The parts are used by their `forward`, not called, since
+    a hook of theirs would gather once a chunk, and ranks with other numbers of chunks would wait for each other for ever.
     """
 
     def __init__(self, predictions: nn.Module, kind: str = "torch", chunk: int = HEAD_CHUNK) -> None:
@@ -52,6 +51,11 @@ class Head(nn.Module):
         super().__init__()
         self.predictions = predictions
         self.kind, self.chunk = kind, chunk
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """The weights of other modules that `forward` uses."""
+        parts = (self.predictions.get_submodule(name) for name in ("transform", "decoder"))
+        return [parameter for part in parts for parameter in part.parameters()]
 
     def forward(
         self, hidden: Tensor, selected: Tensor | None = None, labels: Tensor | None = None
