@@ -78,9 +78,9 @@ def optimizer_of(module: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
 
 def lr_at(step: int, config: Any) -> float:
     """The learning rate of a step, from 0."""
-    from mlm_dist.optim import lr_factor
+    from mlm_dist.schedule import lr_factor
 
-    return config.optim.lr * lr_factor(step, 0.0, warmup=config.optim.warmup, schedule=config.optim.schedule)
+    return config.optim.lr * lr_factor(step, 0.0, config.optim)
 
 
 def autocast(spec: Spec, device: torch.device) -> Any:
@@ -286,7 +286,7 @@ def bare(spec: Spec, turns: Turns) -> Any:
     stream = inputs.stream(0, 1)
     turns.memory.begin()
     model = initial_model(config, inputs.tokenizer.vocab_size)
-    module = MaskedLM(model, attention=config.model.attention).to(device).train()
+    module = MaskedLM(model, attention=inputs.attention).to(device).train()
     optimizer = optimizer_of(module, config)
     for batch, micro_batches, counts in _fed(stream, device, turns):
         for group in optimizer.param_groups:
@@ -306,8 +306,8 @@ def bare(spec: Spec, turns: Turns) -> Any:
 
 
 def ours(spec: Spec, turns: Turns) -> Any:
-    """mlm_dist's engine over DeepSpeed, as its program runs it on one rank."""
-    from mlm_dist import distributed
+    """mlm_dist's engine over DeepSpeed at the stage that is asked for, though the program takes stage 0 on one rank."""
+    from mlm_dist import distributed, ds_config
     from mlm_dist.data.rng import keyed_seed
     from mlm_dist.engine import Engine
     from mlm_dist.inputs import Inputs
@@ -319,8 +319,13 @@ def ours(spec: Spec, turns: Turns) -> Any:
     stream = inputs.stream(topology.rank, topology.world_size)
     turns.memory.begin()
     engine = Engine(
-        MaskedLM(initial_model(config, inputs.tokenizer.vocab_size), attention=config.model.attention),
-        ds_config=inputs.ds_config,
+        MaskedLM(initial_model(config, inputs.tokenizer.vocab_size), attention=inputs.attention),
+        ds_config=ds_config.merge(
+            ds_config.load_template(config.deepspeed.config),
+            precision=config.train.precision,
+            clip=config.train.clip,
+            micro_batch=inputs.micro_batch,
+        ),
         optim=config.optim,
         device=topology.device,
     )

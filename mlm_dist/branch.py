@@ -78,7 +78,10 @@ class Base:
         """The learning rate that the run itself had next."""
         keys = {f.name: f"optim.{f.name}" for f in fields(ScheduleConfig)}
         config = ScheduleConfig(**{name: self.guarded[key] for name, key in keys.items() if key in self.guarded})
-        return float(self.guarded["optim.lr"]) * lr_factor(self.step, self.reader.trainer["progress"], config)
+        # The checkpoint's own progress may be of another length: that of a run before --allow_change, or of its base.
+        steps = self.guarded.get("train.steps")
+        progress = min(1.0, self.step / steps) if steps else self.reader.trainer["progress"]
+        return float(self.guarded["optim.lr"]) * lr_factor(self.step, progress, config)
 
     def adopt(self, run_dir: Path) -> Path:
         """Copy the checkpoint into ``run_dir``, as the one that the branch goes on from; it gets a W&B run of its own.

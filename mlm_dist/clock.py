@@ -39,25 +39,43 @@ class StepClock:
         self._device = device
         self._open: list[tuple[str, Any]] = []  # (phase, its stream)
         self._since: Any = None
+        self._paused = False
         self._spans: list[tuple[str, Any, Any]] = []
         self._pool: list[torch.cuda.Event] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens inside counts as ``name``."""
+        if self._paused:
+            yield
+            return
         stream = torch.cuda.current_stream(self._device) if self._cuda else None
         if self._open and self._open[-1][1] != stream:
             begun = self._now()
-            yield
-            self._spans.append((name, begun, self._now()))
+            try:
+                yield
+            finally:
+                self._spans.append((name, begun, self._now()))
             return
-        self._switch()
+        self._end_span()
         self._open.append((name, stream))
+        self._since = self._now()
         try:
             yield
         finally:
-            self._switch()
+            self._end_span()
             self._open.pop()
+            self._since = self._now() if self._open else None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        assert not self._open
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def read(self) -> dict[str, float]:
         """Seconds by phase since the last call, in which no phase may be open. Waits for the device."""
@@ -72,12 +90,10 @@ class StepClock:
         self._spans, self._since = [], None
         return dict(out)
 
-    def _switch(self) -> None:
-        """The end of what has run since the last switch, and the beginning of what comes."""
+    def _end_span(self) -> None:
         # An event ends one span and another begins the next: each goes back to the pool once.
         if self._open:
             self._spans.append((self._open[-1][0], self._since, self._now()))
-        self._since = self._now()
 
     def _now(self) -> Any:
         if not self._cuda:

@@ -64,12 +64,13 @@ class Topology:
         return torch.device("cpu")
 
 
-def init(timeout_s: float = 1800.0) -> Topology:
+def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
     """Joins the job: the default process group (NCCL for CUDA tensors and gloo for CPU ones, or gloo alone) and
     DeepSpeed's.
 
     Without a launcher it makes a group of one. `timeout_s` (seconds) bounds every collective. Call it once, before a
-    model is built.
+    model is built. `deterministic` makes CUDA give the same bits each time, at a price in speed (a CPU does so anyway);
+    cuBLAS looks at that once, at its first product.
     """
     topology = Topology.from_env()
     if topology.world_size == 1 and "RANK" not in os.environ:
@@ -84,6 +85,9 @@ def init(timeout_s: float = 1800.0) -> Topology:
                 "start at most one rank for each GPU"
             )
         torch.cuda.set_device(topology.device)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group(

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +68,6 @@ class Engine:
         ds_config: dict[str, Any],
         optim: OptimConfig,
         device: torch.device,
-        deterministic: bool = False,
         prefix: str = "model.",
         clock: StepClock | None = None,
         leaves: Sequence[type[nn.Module]] = (),
@@ -80,7 +78,6 @@ class Engine:
             ds_config: from ds_config.merge().
             optim: the optimizer's settings; the learning rate is given to each step().
             device: where to train, as distributed.Topology.device.
-            deterministic: make CUDA give the same bits each time, at a price in speed. CPU does so anyway.
             prefix: taken off the parameters' names.
             clock: gets the time of the phases of each step.
             leaves: classes of modules whose parameters stage 3 gathers together, and whose parts get no hooks: those
@@ -96,9 +93,6 @@ class Engine:
         from mlm_dist.zero_state import zero_state
 
         optim.check()
-        if deterministic and device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         self.device = device
         self.clock = clock or StepClock(device)
         self.world_size = dist.get_world_size()

@@ -16,6 +16,7 @@ from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
 from mlm_dist.data.members import TokenIds
 from mlm_dist.data.stream import SourceConfig, Stream, open_stream
+from mlm_dist.distributed import Topology
 from mlm_dist.errors import UserError
 from mlm_dist.model import attention, bert, from_run
 from mlm_dist.model.bert import ModelConfig
@@ -240,7 +241,7 @@ class DataInputs:
             config.data,
             self._makers([self.val_corpus], MaskConfig(), config.eval.seed, shuffle=False),
             global_batch=config.eval.batch,
-            micro_batch=self.micro_batch,
+            micro_batch=min(self.micro_batch, -(-config.eval.batch // world_size)),
             rank=rank,
             world_size=world_size,
             epochs=1,
@@ -264,6 +265,7 @@ class Inputs(DataInputs):
             raise UserError(
                 f"{key}: {smallest} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
             )
+        self.attention = "auto"
         super().__init__(config)
         template = ds_config.load_template(config.deepspeed.config)
         alone = ds_config.for_world(template, world_size=world_size, precision=config.train.precision)
@@ -312,7 +314,7 @@ class Inputs(DataInputs):
         check_head(config.model.head, cuda=cuda)
         self.attention, note = attention.choose(
             config.model.attention,
-            capability=torch.cuda.get_device_capability() if cuda else None,
+            capability=torch.cuda.get_device_capability(Topology.from_env().device) if cuda else None,
             half_precision=config.train.precision != "fp32",
             dropout=bert_config.attention_probs_dropout_prob,
             head_size=bert_config.hidden_size // bert_config.num_attention_heads,
@@ -332,6 +334,18 @@ class Inputs(DataInputs):
             if model.init == "run" and place and checkpoint.committed(place):
                 return replace(model, name_or_path=str(place))
         return model
+
+    def stream(self, rank: int, world_size: int) -> Stream:
+        return self._shaped(super().stream(rank, world_size))
+
+    def val_stream(self, rank: int, world_size: int) -> Stream | None:
+        stream = super().val_stream(rank, world_size)
+        return stream and self._shaped(stream)
+
+    def _shaped(self, stream: Stream) -> Stream:
+        """With the micro-batches that attention and compilation want."""
+        stream.flat, stream.one_shape = self.attention == "varlen", self.config.model.compile
+        return stream
 
     def set_micro_batch(self, rows: int) -> None:
         """Take the micro-batch that ``auto`` came to."""

@@ -39,7 +39,8 @@ class Meter:
     def pause(self) -> Iterator[None]:
         """What happens inside is not training."""
         begun = time.perf_counter()
-        yield
+        with self._clock.paused():
+            yield
         self._since += time.perf_counter() - begun
 
     def count(self, tokens: int, attended: int, selected: int) -> None:
@@ -70,6 +71,12 @@ class Meter:
             out["mfu"] = rate / self._peak
         self._since, self._wait, self._counts = time.perf_counter(), 0.0, [0, 0, 0, 0]
         return out
+
+
+def restart_peak_memory(device: torch.device) -> None:
+    """From here on ``peak_memory_gib`` is of what comes, where the system can tell: not of trials before the run."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -42,10 +42,11 @@ from mlm_dist.lifecycle import (
     stop_signals,
     write_json,
 )
-from mlm_dist.meter import Meter, peak_memory_gib
-from mlm_dist.model import bert
-from mlm_dist.model.compiled import compile_layers, layer_class, plain_layers
+from mlm_dist.meter import Meter, peak_memory_gib, restart_peak_memory
+from mlm_dist.model import bert, from_run
+from mlm_dist.model.compiled import compile_together, layer_class
 from mlm_dist.model.head import MaskedLM
+from mlm_dist.opening import opening_lines
 from mlm_dist.plan_job import Job
 from mlm_dist.schedule import lr_factor
 from mlm_dist.tracking import Tracker
@@ -87,7 +88,7 @@ class Run:
         if "error" in answer:
             raise UserError(answer["error"])
         self.dir.attempt, self.finished_before = answer["attempt"], answer["finished"]
-        self.lost = frozenset(answer["lost"])
+        self.lost, self.source = frozenset(answer["lost"]), answer["source"]
         return answer["checkpoint"]
 
     def _open_first(self) -> dict[str, Any]:
@@ -108,6 +109,10 @@ class Run:
                 )
             if found is None and config.run.branch_from is not None:
                 found = self._branch(config.run.branch_from, identity)
+            source = None
+            if found is None and config.model.init == "run":
+                assert config.model.name_or_path is not None
+                source = str(from_run.newest(config.model.name_or_path, self.console.say))
             reader = None if found is None else checkpoint.Reader(found)
             self.ledger = Ledger.read(path / "events.jsonl")
             if reader is not None:
@@ -127,6 +132,7 @@ class Run:
         return {
             "attempt": self.dir.attempt,
             "checkpoint": found,
+            "source": source,
             "finished": finished,
             "lost": list(self.ledger.lost_blocks()),
         }
@@ -147,7 +153,6 @@ class Run:
         """Write down what the attempt is made from, so that the directory alone tells it."""
         path, inputs = self.dir.path, self.inputs
         (path / "config.yaml").write_text(self.config.dump())
-        write_json(path / "ds_config.json", inputs.ds_config)
         write_json(path / "env.json", environment())
         inputs.bert_config.save_pretrained(path / "model")
         inputs.pretrained_tokenizer.save_pretrained(path / "tokenizer")
@@ -171,19 +176,20 @@ class Run:
         config, inputs = self.config, self.inputs
         # Tokenizers that agree give the same ids, but a rank alone with another one is a difference that nobody needs.
         fast = inputs.tokenizer.nano is not None
-        if self.control.sum([int(fast)])[0] < self.topology.world_size and fast:
-            inputs.use_reference("nanotoken is not installed on every node")
         flat = inputs.attention == "varlen"
-        if self.control.sum([int(flat)])[0] < self.topology.world_size and flat:
-            inputs.attention, flat = "auto", False
+        all_fast, all_flat = (n == self.topology.world_size for n in self.control.sum([int(fast), int(flat)]))
+        if fast and not all_fast:
+            inputs.use_reference("nanotoken is not installed on every node")
+        if flat and not all_flat:
+            inputs.attention = "auto"
             inputs.notes.append("attention goes through SDPA with a mask: not every rank has a GPU for varlen")
         reader = None if path is None else checkpoint.Reader(path)
         self._settle_micro_batch(None if reader is None else reader.trainer.get("micro_batch"))
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
-        for stream in filter(None, (self.stream, self.val_stream)):
-            stream.flat, stream.one_shape = flat, config.model.compile
         section = config.model
+        if section.init == "run" and path is None:
+            section = replace(section, name_or_path=self.source)
         if path is not None and section.init != "config":
             # The checkpoint holds every weight; those that the model started from need not be read.
             section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
@@ -192,14 +198,14 @@ class Run:
         model = bert.build(section, inputs.bert_config, seed=config.run.seed, new_tokens=inputs.new_tokens)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         module = MaskedLM(model, inputs.attention, config.model.head, config.model.head_chunk).to(self.topology.device)
+        self.compiled = config.model.compile and self._compile(module)
         self.engine = Engine(
             module,
             ds_config=inputs.ds_config,
             optim=config.optim,
             device=self.topology.device,
-            deterministic=config.train.deterministic,
             clock=self.clock,
-            leaves=[layer_class(module)] if config.model.compile and self._compile(module) else [],
+            leaves=[layer_class(module)] if self.compiled else [],
         )
         self.cursors = self.stream.start_cursors()
         self.wandb_id = None
@@ -215,20 +221,15 @@ class Run:
 
     def _compile(self, module: MaskedLM) -> bool:
         """Compile the encoder layers on all ranks or, with a warning, on none; whether they are. Collective."""
-        device, cast = self.topology.device, self.inputs.ds_config.get("torch_autocast", {"enabled": False})
         micro_batch = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            name: value.to(self.topology.device) if isinstance(value, torch.Tensor) else value
             for name, value in self.stream.empty_micro_batch().items()
         }
-        autocast = getattr(torch, cast["dtype"]) if cast["enabled"] else None
-        reason = compile_layers(module, micro_batch, autocast=autocast)
-        reasons = self.control.gather(reason) or []
-        why_not = self.control.broadcast(
-            next((f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None), None)
-        )
+        why_not = compile_together(module, micro_batch, self.config.train.precision, self.control)
         if why_not is not None:
-            plain_layers(module)
             self.console.say(f"warning: model.compile: the encoder layers run uncompiled, on all ranks ({why_not})")
+            for stream in filter(None, (self.stream, self.val_stream)):
+                stream.one_shape = False
         return why_not is None
 
     def _settle_micro_batch(self, recorded: dict[str, Any] | None) -> None:
@@ -282,45 +283,21 @@ class Run:
             wandb_id=self.wandb_id,
             world_size=world,
         )
-        self.tracker.event({"kind": "attempt", "step": self.step, **self.attempt_facts})
+        write_json(self.dir.path / "ds_config.json", self.inputs.ds_config)
+        chosen = {
+            "micro_batch": self.inputs.micro_batch,
+            "attention": self.inputs.attention,
+            "compiled": self.compiled,
+        }
+        self.tracker.event({"kind": "attempt", "step": self.step, **self.attempt_facts, **chosen})
         device = self.topology.device.type
         self.console.say(
             f"run {self.dir.path}: attempt {self.dir.attempt}, "
             + (f"goes on after step {self.step}" if self.step else "from the start")
             + f"; {world} rank{'s' * (world > 1)} on {device}, ZeRO stage {self.engine.stage}, {config.train.precision}, W&B {self.tracker.mode}"
         )
-        inputs = self.inputs
-        self.console.say(
-            f"model of {self.num_parameters / 1e6:.1f} M parameters; {sum(inputs.num_documents):,} documents, {inputs.num_bytes / 1e6:.1f} MB in "
-            f"{inputs.num_shards} shards; {stream.order.lanes} lanes; {stream.schedule.size(self.step)} rows a step, "
-            f"{stream.micro_batches(self.step)} x {inputs.micro_batch} on each rank"
-        )
-        if self.step < stream.schedule.full_from:
-            self.console.say(
-                f"batches grow from {config.train.batch_start} to {config.train.global_batch} rows until step {stream.schedule.full_from + 1}"
-            )
-        if config.train.precision == "fp16" and device == "cpu":
-            self.console.say(
-                "note: most CPUs emulate fp16 (measured 15 times slower than fp32); bf16 is what they are good at"
-            )
-        for note in inputs.notes:
-            self.console.say(f"note: {note}")
-        even = [
-            w for w in range(1, 2 * world + 1) if stream.order.lanes % w == 0 and config.train.global_batch % w == 0
-        ]
-        if stream.fill() < 0.95:
-            self.console.say(
-                f"note: {stream.fill():.0%} of the micro-batch places hold a row; {stream.order.lanes} lanes and "
-                f"{config.train.global_batch} rows divide evenly "
-                f"over {', '.join(map(str, even))} ranks (micro-batches of {inputs.micro_batch})"
-            )
-        if config.train.epochs is not None:
-            fill = stream.order.tail_fill(config.train.epochs)
-            self.console.say(f"lanes are {fill:.0%} full in the last tenth of the run")
-            if fill < 0.8:
-                self.console.say(
-                    "note: lanes end unevenly; prepare the data with smaller blocks (--block-size), or set fewer data.lanes"
-                )
+        for line in opening_lines(config, self.inputs, stream, self.step, parameters=self.num_parameters):
+            self.console.say(line)
 
     # ---- the loop ----
 
@@ -341,6 +318,7 @@ class Run:
         self.console.begin(self.progress())
         if config.train.steps is not None and self.step >= config.train.steps:
             return self._end("finished")
+        restart_peak_memory(self.topology.device)
         meter = self._meter()
         batches = self.stream.batches(self.step, self.cursors, self.lost)
         with Feeder(batches, self.stream.collate, self.topology.device) as feeder, timed_collectives(self.clock):
@@ -395,12 +373,7 @@ class Run:
                     keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank)
                     for i in range(len(micro_batches))
                 ]
-                try:
-                    result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
-                except (RuntimeError, MemoryError) as error:
-                    if autobatch.out_of_memory(error):
-                        raise autobatch.too_large(self.inputs.micro_batch) from error
-                    raise
+                result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
             # Overflows are how fp16 finds its loss scale; at the smallest one they are none any more, so they end.
             if result is None or not result.overflow:
                 not_finite = not_finite + 1 if result is not None and result.skipped else 0
@@ -428,7 +401,8 @@ class Run:
                 with meter.pause():
                     self.validate()
             if self.step % config.checkpoint.every == 0:
-                self.save()
+                with meter.pause():
+                    self.save()
             if config.train.steps is not None and self.step >= config.train.steps:
                 return "finished", unlogged
             if stop:
@@ -607,7 +581,7 @@ def run(invocation: Invocation) -> int:
     """Train as this process's rank; returns the exit code. Raises UserError before anything was changed."""
     config = invocation.config
     inputs = Inputs(config, distributed.Topology.from_env().world_size)
-    topology = distributed.init(config.train.timeout)
+    topology = distributed.init(config.train.timeout, deterministic=config.train.deterministic)
     control = distributed.ControlGroup(config.train.timeout)
     attempt = Run(invocation, inputs, topology, control)
     path = attempt.open()
@@ -626,6 +600,8 @@ def run(invocation: Invocation) -> int:
                 outcome = attempt.train()
             code = attempt.close(outcome)
     except BaseException as error:
+        if autobatch.out_of_memory(error):
+            error = autobatch.too_large(inputs.micro_batch)
         try:
             attempt.fail(error)
         finally:

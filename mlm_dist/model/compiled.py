@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,9 +11,43 @@ from torch import nn
 from mlm_dist.model.head import MaskedLM
 
 
+class Control(Protocol):
+    """The part of `distributed.ControlGroup` that is needed here."""
+
+    def gather(self, obj: Any) -> list[Any] | None: ...
+
+    def broadcast(self, obj: Any) -> Any: ...
+
+
 def layer_class(module: MaskedLM) -> type[nn.Module]:
     """The class of the encoder layers."""
     return type(module.model.bert.encoder.layer[0])
+
+
+def compile_together(module: MaskedLM, micro_batch: dict[str, Any], precision: str, control: Control) -> str | None:
+    """`compile_layers` on all ranks, or on none. Collective; the same answer on every rank: None, or why not.
+
+    Weights that will be bf16 (`bf16_pure`) are tried under autocast: their graph is made at the first step, but what
+    cannot be compiled, or what attention refuses in fp32, is seen here.
+
+    Raises:
+        torch.OutOfMemoryError: on every rank, where it was raised on one.
+    """
+    dtypes = {"bf16": torch.bfloat16, "bf16_pure": torch.bfloat16, "fp16": torch.float16}
+    full = False
+    try:
+        reason = compile_layers(module, micro_batch, autocast=dtypes.get(precision))
+    except torch.OutOfMemoryError as error:
+        reason, full = str(error), True
+    answers = enumerate(control.gather((reason, full)) or [])
+    bad = [(f"rank {rank}: {text}", is_full) for rank, (text, is_full) in answers if text is not None]
+    why_not: str | None
+    why_not, full = control.broadcast(max(bad, key=lambda one: one[1], default=(None, False)))
+    if full:
+        raise torch.OutOfMemoryError(why_not)
+    if why_not is not None:
+        plain_layers(module)
+    return why_not
 
 
 def compile_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,20 @@ def read_config(source: str) -> dict[str, Any]:
     return pretrained.read_config(str(run / "model"), weights=False)
 
 
+def newest(source: str, warn: Callable[[str], None]) -> Path:
+    """The checkpoint `source`, or the newest whole one of the run `source`. While that run goes on only one rank may choose.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from mlm_dist import checkpoint
+
+    try:
+        return checkpoint.locate(source, warn)
+    except checkpoint.CheckpointError as error:
+        raise UserError(f"model.name_or_path: {error}") from error
+
+
 def load(source: str, config: BertConfig) -> BertForMaskedLM:
     """The weights of the checkpoint `source`, or of the newest whole one of the run `source`, in fp32 under `config`.
 
@@ -51,8 +66,8 @@ def load(source: str, config: BertConfig) -> BertForMaskedLM:
 
     from mlm_dist import checkpoint
 
+    path = newest(source, logger.warning)
     try:
-        path = checkpoint.locate(source, logger.warning)
         model: BertForMaskedLM = BertForMaskedLM(config)
         fill(model, checkpoint.Reader(path))
     except checkpoint.CheckpointError as error:

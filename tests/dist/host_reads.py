@@ -1,6 +1,7 @@
 """What a rank of the test of host synchronisation runs: the program, with every operation that would wait for a device counted."""
 
 import sys
+import threading
 from collections import Counter
 from types import FrameType
 from typing import Any
@@ -48,10 +49,29 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def count_copies(reads: HostReads) -> None:
+    """Count what copies a tensor to the host too. On host memory it dispatches nothing, so the methods are wrapped."""
+
+    def wrap(name: str) -> None:
+        method = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # The control reduction's sums are host memory on a GPU, too.
+            if threading.current_thread() is threading.main_thread() and (who := owner()) != "mlm_dist.wait":
+                reads.counts[who] += 1
+            return method(self, *args, **kwargs)
+
+        setattr(torch.Tensor, name, counted)
+
+    for name in ("tolist", "numpy", "cpu"):
+        wrap(name)
+
+
 def count(argv: list[str]) -> list[dict[str, int]]:
     """Run the program; the counts of each of its steps, from one control reduction to the next."""
     marks: list[Counter[str]] = []
     reads = HostReads()
+    count_copies(reads)
     start = distributed.ControlGroup.start
 
     def marked(self: distributed.ControlGroup, values: list[int]) -> distributed.PendingSum:
