@@ -239,6 +239,7 @@ class Run:
         if config.train.micro_batch != "auto":
             return
         device = topology.device
+        probe = inputs.stream(topology.rank, topology.world_size)  # for its rows only, which no micro-batch changes
         like = replace(config.model, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
 
         def job_of(rows: int) -> Job:
@@ -260,7 +261,7 @@ class Run:
                 head=config.model.head,
                 head_chunk=config.model.head_chunk,
             ),
-            most=choice.share(config, topology.world_size),
+            most=int(probe.rank_counts(probe.schedule.full_from).max()),
             device=device,
             control=self.control,
             recorded=recorded,
