@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlm_dist import distributed
 from mlm_dist.engine import Engine, MicroBatch
-from tests.dist.engine_cases import LENGTH, OPTIM, build_adamw, make_engine, make_module
+from tests.dist.engine_cases import LENGTH, OPTIM, build_adamw, collate, make_engine, make_module
 
 MASK = 4
 TOPICS, WORDS = 8, 12
@@ -37,14 +37,7 @@ def make_row(step: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def micro_batch(step: int, indices: tuple[int, ...]) -> MicroBatch:
-    rows = [make_row(step, index) for index in indices]
-    return {
-        "input_ids": torch.stack([tokens for tokens, _, _ in rows]),
-        "position_ids": torch.arange(LENGTH).expand(len(rows), -1).contiguous(),
-        "segment_ids": torch.ones(len(rows), LENGTH, dtype=torch.int64),
-        "selected": torch.cat([selected + LENGTH * row for row, (_, selected, _) in enumerate(rows)]),
-        "labels": torch.cat([labels for _, _, labels in rows]),
-    }
+    return collate([make_row(step, index) for index in indices])
 
 
 def learning_rate(step: int) -> float:

@@ -77,7 +77,11 @@ def make_batch(step: int, indices: list[int]) -> MicroBatch:
             "selected": empty,
             "labels": empty,
         }
-    rows = [make_row(step, index) for index in indices]
+    return collate([make_row(step, index) for index in indices])
+
+
+def collate(rows: list[tuple[Tensor, Tensor, Tensor]]) -> MicroBatch:
+    """Rows of one segment and LENGTH tokens as a micro-batch."""
     return {
         "input_ids": torch.stack([tokens for tokens, _, _ in rows]),
         "position_ids": torch.arange(LENGTH).expand(len(rows), -1).contiguous(),

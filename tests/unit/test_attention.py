@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 import tests.varlen_cpu  # noqa: F401
 from mlm_dist.data.rows import Rows
 from mlm_dist.errors import UserError
 from mlm_dist.model import attention
 from mlm_dist.model.head import MaskedLM
+from tests.berts import small_bert
 
 VOCABULARY, PAD = 211, 0
 # Tokens of the segments of each row; rows of one segment are what packing `none` gives.
@@ -23,24 +24,7 @@ SINGLE = [[24], [7], [2]]
 
 
 def stock(dtype: torch.dtype = torch.float64) -> BertForMaskedLM:
-    """A small BERT without dropout whose weights, biases too, are large enough for a mistake in any of them to show."""
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=PAD,
-    )
-    model = BertForMaskedLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
-    return model.to(dtype).train()
+    return small_bert(VOCABULARY, pad_token_id=PAD).to(dtype)
 
 
 def make_rows(lengths: list[list[int]], rate: float = 0.4, seed: int = 0) -> Rows:

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 from mlm_dist.errors import UserError
 from mlm_dist.model.attention import resolve_attention, segment_mask
 from mlm_dist.model.head import MaskedLM
+from tests.berts import small_bert
 
 VOCABULARY = 211
 BACK_ENDS = ("sdpa", "eager")
@@ -21,23 +22,7 @@ Batch = dict[str, Tensor]
 
 
 def stock(dropout: float = 0.0) -> BertForMaskedLM:
-    """A small BERT whose weights, biases too, are large enough for a mistake in any of them to show."""
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    model = BertForMaskedLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
-    return model.train()
+    return small_bert(VOCABULARY, dropout=dropout)
 
 
 def documents(lengths: list[int], seed: int = 0) -> list[Tensor]:

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 from mlm_dist.data.rows import Rows
 from mlm_dist.model.head import MaskedLM
+from tests.berts import small_bert
 
 PAD, CLS, SEP, MASK, VOCABULARY = 0, 2, 3, 4, 97
 LENGTHS = (20, 9, 3, 14)
@@ -80,23 +81,7 @@ def test_collation_marks_the_pads_that_a_row_holds() -> None:
 
 
 def stock() -> BertForMaskedLM:
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=PAD,
-    )
-    model = BertForMaskedLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
-    return model.eval()
+    return small_bert(VOCABULARY, pad_token_id=PAD).eval()
 
 
 @pytest.mark.parametrize("back_end", ["sdpa", "eager"])
