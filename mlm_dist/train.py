@@ -399,7 +399,8 @@ class Run:
                     result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
                 except (RuntimeError, MemoryError) as error:
                     if autobatch.out_of_memory(error):
-                        raise autobatch.too_large(self.inputs.micro_batch) from error
+                        auto, saved = config.train.micro_batch == "auto", self.saved_step is not None
+                        raise autobatch.too_large(self.inputs.micro_batch, auto=auto, saved=saved) from error
                     raise
             # Overflows are how fp16 finds its loss scale; at the smallest one they are none any more, so they end.
             if result is None or not result.overflow:
