@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CUDA_RESERVE = 640 << 20
 # Share by which a prediction may be off.
 MARGIN = 0.1
-# Tokens of a micro-batch from which on a way counts as good: with fewer, a step spends its time on launching kernels and reading weights.
+# Tokens of a micro-batch from which on a way counts as good; with fewer, launching kernels and reading weights weighs too much. By experience.
 ENOUGH_TOKENS = 4096
 # Standard deviations above its mean that the count of selected positions of a micro-batch is taken to reach.
 DEVIATIONS = 4.0

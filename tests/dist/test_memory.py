@@ -37,9 +37,14 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured(setting: Setting) -> N
     assert prediction.total_host == pytest.approx(ranks[0]["host"], rel=0.1)
 
 
-@pytest.mark.parametrize(("template", "precision"), [("zero0", "fp32"), ("zero2", "bf16"), ("zero2", "bf16_pure")])
-def test_a_trial_takes_what_it_is_held_to_take(template: str, precision: str) -> None:
-    setting = Setting(template=template, precision=precision, world=2, vocab=4096, micro_batches=1, checkpoint=True)
+@pytest.mark.parametrize(
+    ("template", "precision", "checkpoint"),
+    [("zero0", "fp32", True), ("zero2", "bf16", True), ("zero2", "bf16_pure", False)],
+)
+def test_a_trial_takes_what_it_is_held_to_take(template: str, precision: str, checkpoint: bool) -> None:
+    setting = Setting(
+        template=template, precision=precision, checkpoint=checkpoint, world=2, vocab=4096, micro_batches=1
+    )
     job, done = setting.job(), []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         done.append(trial(lambda: module(setting), job, 0, torch.device("cpu")))
