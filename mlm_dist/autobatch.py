@@ -134,7 +134,7 @@ def settle(
 
 
 def can_be_tried(job: Job) -> bool:
-    """Whether the model, whole on one device, takes no more than the run, as it can where ZeRO 3 holds parts of it."""
+    """Whether the whole model on one device takes no more than the run. Where ZeRO 3 holds only parts of it, it can."""
     return bare(job) <= needed(predict(job), job.device)
 
 
