@@ -24,10 +24,10 @@ COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
 )
-# Names in the profile, by which the peak is told per phase.
 # Longest wait for gloo's threads after a collective.
 SETTLE_S = 0.5
 SHARED_S = 0.03
+# Names in the profile, by which the peak is told per phase, begin so.
 MARK = "## "
 
 
@@ -118,6 +118,14 @@ def _config(setting: Setting) -> Any:
     return load_config(_section(setting), vocab_size=setting.vocab, pad_token_id=0)
 
 
+def module(setting: Setting) -> torch.nn.Module:
+    """The model as runs train it, in fp32 on the CPU."""
+    from mlm_dist.model.bert import build
+    from mlm_dist.model.head import MaskedLM
+
+    return MaskedLM(build(_section(setting), _config(setting), seed=1), head_chunk=setting.head_chunk)
+
+
 def measure(setting: Setting) -> dict[str, int]:
     """Peak bytes of this rank by phase (`start`, `forward`, `backward`, `apply`), from before the model is built to the end of the second step."""
     from mlm_dist import distributed
@@ -171,12 +179,10 @@ def _capped(cap: int) -> torch.device:
 def _engine(setting: Setting, device: torch.device) -> Any:
     from mlm_dist.ds_config import merge
     from mlm_dist.engine import Engine
-    from mlm_dist.model.bert import build
-    from mlm_dist.model.head import MaskedLM
     from mlm_dist.optim import OptimConfig
 
     return Engine(
-        MaskedLM(build(_section(setting), _config(setting), seed=1), head_chunk=setting.head_chunk),
+        module(setting),
         ds_config=merge(
             setting.template_dict(), precision=setting.precision, clip=1.0, micro_batch=setting.micro_batch
         ),

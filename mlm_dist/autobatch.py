@@ -1,8 +1,8 @@
 """``train.micro_batch: auto``: the largest micro-batch that fits on every rank, by the planner and a trial on the devices.
 
 The planner proposes. Then each rank runs the real model forward and backward on its own device, with full rows and as many selected positions as can be
-expected, beside ballast that stands for what DeepSpeed and the optimizer will take. There is no collective within a trial, so that a rank that is out of memory
-holds up nobody; after it the ranks tell each other how it went.
+expected, beside ballast that stands for what DeepSpeed and the optimizer will take, and for slack. There is no collective within a trial, so that a rank
+that is out of memory holds up nobody; after it the ranks tell each other how it went.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import resource
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,14 @@ from torch import Tensor, nn
 
 from mlm_dist.choice import MARGIN, fits, micro_batches, needed
 from mlm_dist.errors import UserError
-from mlm_dist.plan import bare, predict
+from mlm_dist.plan import bare, keeps_gradients, predict
 from mlm_dist.plan_job import Job
+
+# Share of what is needed that must be free beside it, for what no trial has: NCCL's communicators, pieces that nothing fits into, a batch ahead. Half of the
+# planner's margin, so that a right prediction that fits passes its trial.
+SLACK = MARGIN / 2
+# In the errors that torch, cuBLAS, cuDNN and NCCL have no class of their own for, in lower case.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed", "failed to cuda malloc")
 
 
 class Control(Protocol):
@@ -68,7 +74,7 @@ def settle(
     Args:
         job_of: the planner's job for a number of rows.
         module_of: makes a model like the run's, in fp32 on the CPU; only called for a trial.
-        most: rows of the global batch that fall on a rank.
+        most: rows of a global batch that fall on the rank that gets most.
         recorded: what the checkpoint that the run goes on from has of an earlier `Settled.record`.
 
     Raises:
@@ -84,18 +90,25 @@ def settle(
     if recorded is not None and recorded["for"] == settled_for:
         return Settled(recorded["rows"], "as the checkpoint has it", recorded)
 
-    # The trials begin where the prediction is surely within the memory, and go up to where it may be.
-    sizes = micro_batches(most)
-    planned = rows = max((n for n in sizes if fits(predict(job_of(n)), free, device.type)), default=1)
+    def job_at(rows: int) -> Job:
+        return replace(job_of(rows), accumulate=rows < most)
 
     def good(rows: int) -> bool:
-        job = job_of(rows)
-        ballast = max(0, needed(predict(job), device.type) - bare(job))
-        return control.sum([int(trial(module_of, job, ballast, device))])[0] == control.world_size
+        job = job_at(rows)
+        prediction = predict(job)
+        # Slack or none, one row beats no run.
+        need = int(needed(prediction, device.type) * (1 + (SLACK if rows > 1 else 0)))
+        if can_be_tried(job):
+            fine = trial(module_of, job, need - bare(job), device)
+        else:
+            fine = fits(prediction, free, device.type)
+        return control.sum([int(fine)])[0] == control.world_size
 
     def may_fit(rows: int) -> bool:
-        return needed(predict(job_of(rows)), device.type) * (1 - MARGIN) <= free
+        return needed(predict(job_at(rows)), device.type) * (1 + SLACK) <= free
 
+    # The trials begin where the prediction is surely within the memory, and go up to where it leaves the slack alone.
+    planned = rows = max((n for n in micro_batches(most) if fits(predict(job_at(n)), free, device.type)), default=1)
     if good(rows):
         while (more := min(2 * rows, most)) > rows and may_fit(more) and good(more):
             rows = more
@@ -110,10 +123,19 @@ def settle(
                 "model.checkpoint_activations true, a deepspeed.config that partitions or offloads more (mlm-dist plan shows what each needs), or a "
                 "shorter data.seq_len."
             )
-    how = f"{planned} by the planner for {free / 2**30:.2f} GiB" + (
-        ", confirmed" if rows == planned else f", {rows} by trial"
-    )
-    return Settled(rows, how, {"rows": rows, "for": settled_for})
+    how = f"{planned} by the planner for {free / 2**30:.2f} GiB"
+    if not can_be_tried(job_at(rows)):
+        how += ", not tried, as the whole model alone takes more than this run"
+    else:
+        how += ", confirmed" if rows == planned else f", {rows} by trial"
+    even = -(-most // -(-most // rows))
+    how += f"; {even} rows make as many micro-batches" if even < rows else ""
+    return Settled(even, how, {"rows": even, "for": settled_for})
+
+
+def can_be_tried(job: Job) -> bool:
+    """Whether the whole model on one device takes no more than the run. Where ZeRO 3 holds only parts of it, it can."""
+    return bare(job) <= needed(predict(job), job.device)
 
 
 def _everyone(control: Control, mine: Any) -> list[Any]:
@@ -124,7 +146,8 @@ def _everyone(control: Control, mine: Any) -> list[Any]:
 def trial(module_of: Callable[[], nn.Module], job: Job, ballast: int, device: torch.device) -> bool:
     """Whether a forward and backward pass with `ballast` bytes beside it finds room. Frees everything again."""
     try:
-        _forward_and_backward(module_of().to(device), job, ballast, device)
+        weights = torch.bfloat16 if job.precision == "bf16_pure" else torch.float32
+        _forward_and_backward(module_of().to(device, weights), job, ballast, device)
         return True
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -139,8 +162,9 @@ def trial(module_of: Callable[[], nn.Module], job: Job, ballast: int, device: to
 def _forward_and_backward(module: nn.Module, job: Job, ballast: int, device: torch.device) -> None:
     # Never written to: on a CPU it counts against limits of the address space without taking pages.
     beside = torch.empty(ballast, dtype=torch.uint8, device=device)
-    if job.precision == "bf16_pure":
-        module = module.to(torch.bfloat16)
+    if not keeps_gradients(job):
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
     lower = torch.float16 if job.precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, lower) if job.autocast else contextlib.nullcontext():
         loss, _ = module(**worst_case(job, device))
@@ -148,6 +172,10 @@ def _forward_and_backward(module: nn.Module, job: Job, ballast: int, device: tor
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     del beside
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def worst_case(job: Job, device: torch.device) -> dict[str, Any]:
@@ -165,18 +193,28 @@ def worst_case(job: Job, device: torch.device) -> dict[str, Any]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the device or, by torch's allocator or Python's, on the host."""
+    """Whether an allocation failed: on the device, by torch's allocator or a library's, or on the host, by torch's or Python's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
-def too_large(rows: int) -> UserError:
-    """What to tell the user when a step of the run itself is out of memory."""
-    smaller = f"train.micro_batch {rows // 2}, or auto" if rows > 1 else "model.checkpoint_activations true"
+def too_large(rows: int, *, auto: bool, saved: bool) -> UserError:
+    """What to tell the user when a step of the run itself is out of memory.
+
+    Args:
+        rows: of a micro-batch.
+        auto: `train.micro_batch` found them.
+        saved: the run has a checkpoint.
+    """
+    if rows == 1:
+        change = "model.checkpoint_activations true, or a deepspeed.config that partitions or offloads more"
+    else:
+        change = f"train.micro_batch {rows // 2}" + (" (auto may come to as many again)" if auto else ", or auto")
+    then = "goes on from its last checkpoint" if saved else "has no checkpoint yet, so it begins again"
     return UserError(
-        f"train.micro_batch: a step with micro-batches of {rows} rows ran out of memory. Set {smaller}; the global batch, and so the result, stays the "
-        "same. mlm-dist plan shows what each deepspeed.config needs. The run goes on from its last checkpoint."
+        f"train.micro_batch: a step with micro-batches of {rows} rows ran out of memory. Set {change}; the global batch, and so the result, stays the "
+        f"same. mlm-dist plan shows what each deepspeed.config needs. The run {then}."
     )
 
 
@@ -184,10 +222,23 @@ def too_large(rows: int) -> UserError:
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes: of a CUDA device; of a CPU what this process may have within the machine, its control group and its address space."""
+    """(free, total) bytes: of a CUDA device; of a CPU what this process may have within the machine, its control group and its address space.
+
+    Raises:
+        UserError: the machine does not tell.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, total
+    try:
+        return _host_memory()
+    except OSError as error:
+        raise UserError(
+            f"train.micro_batch: auto reads from /proc how much memory there is, and cannot here ({error}); set a number of rows"
+        ) from error
+
+
+def _host_memory() -> tuple[int, int]:
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     pairs = [(_kib(meminfo["MemAvailable"]), _kib(meminfo["MemTotal"])), *_control_groups()]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)

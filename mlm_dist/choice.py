@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CUDA_RESERVE = 640 << 20
 # Share by which a prediction may be off.
 MARGIN = 0.1
+# Tokens of a micro-batch from which on a way counts as good; with fewer, launching kernels and reading weights weighs too much. By experience.
+ENOUGH_TOKENS = 4096
 # Standard deviations above its mean that the count of selected positions of a micro-batch is taken to reach.
 DEVIATIONS = 4.0
 
@@ -60,8 +62,13 @@ def selected_share(config: Config, tokens: int) -> float:
 
 
 def share(config: Config, world_size: int) -> int:
-    """Rows of the global batch that fall on a rank: no micro-batch is larger."""
+    """Rows of the global batch that fall on a rank if they are dealt evenly: it can get more where the number of ranks does not divide the stream's lanes."""
     return -(-config.train.global_batch // world_size)
+
+
+def enough(config: Config, world_size: int) -> int:
+    """Rows of a micro-batch of `ENOUGH_TOKENS`, or a rank's whole share when that is less."""
+    return min(share(config, world_size), -(-ENOUGH_TOKENS // config.data.seq_len))
 
 
 def micro_batches(most: int) -> list[int]:
@@ -121,10 +128,10 @@ def needed(prediction: Prediction, device: str) -> int:
     return prediction.total + (prediction.total_host if device == "cpu" else 0)
 
 
-def choose(options: Sequence[Option], memory: int, device: str) -> Option | None:
-    """The first way that fits at all, with the largest micro-batch that fits; None when nothing does."""
+def choose(options: Sequence[Option], memory: int, device: str, *, enough: int = 1) -> Option | None:
+    """The largest micro-batch that fits of the first way that fits with `enough` rows, or else of the first that fits at all; None when nothing does."""
     fitting = [option for option in options if fits(option.prediction, memory, device)]
-    if not fitting:
-        return None
-    first = fitting[0].way
-    return max((option for option in fitting if option.way == first), key=lambda option: option.micro_batch)
+    first = next((option.way for least in (enough, 1) for option in fitting if option.micro_batch >= least), None)
+    return max(
+        (option for option in fitting if option.way == first), key=lambda option: option.micro_batch, default=None
+    )

@@ -59,10 +59,15 @@ def predict(job: Job) -> Prediction:
     return best
 
 
+def keeps_gradients(job: Job) -> bool:
+    """Whether the run's gradients stay, in fp32, with their parameters until the last one is there."""
+    return Zero.of(job).keeps and job.weight == 4
+
+
 def bare(job: Job) -> int:
-    """Peak bytes of the model's forward and backward pass alone: no DeepSpeed, no optimizer, every gradient kept."""
+    """Peak bytes of the whole model's forward and backward pass alone: no DeepSpeed, no optimizer, gradients only where the run `keeps_gradients`."""
     alone = replace(job, zero={"stage": 0}, accumulate=False)
-    zero = Zero({"parameters": job.weight * job.model.parameters}, keeps=True)
+    zero = Zero({"parameters": job.weight * job.model.parameters}, keeps=keeps_gradients(job))
     return int(
         zero.device["parameters"]
         + max(sum(terms.values()) for moment, terms in _moments(alone, zero) if moment != "start")

@@ -6,11 +6,13 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_dist import choice
 from mlm_dist.choice import Option, Way
 from mlm_dist.combinations import Combination, refusal
+from mlm_dist.ds_config import for_world, load_template
 from mlm_dist.errors import UserError
 from mlm_dist.plan import TERMS, predict
 from mlm_dist.sizes import parse_size
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from mlm_dist.config import Config
 
+OURS = {way.template for way in choice.ORDER}
 # What BertConfig's defaults are not in the checkpoints that everyone starts from, so that these need no hub.
 KNOWN_SIZES: dict[str, dict[str, int]] = {
     "bert-base-uncased": {},
@@ -62,13 +65,20 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     reserve = choice.CUDA_RESERVE if args.device == "cuda" else 0
     if args.reserve is not None:
         reserve = 0 if args.reserve == "0" else _size("--reserve", args.reserve)
+    if memory <= reserve:
+        raise UserError(
+            f"--device-memory: {args.device_memory} leaves nothing beside --reserve, {_gib(reserve)} GiB; give the memory of the whole device, or a "
+            "smaller reserve."
+        )
     bert = sizes(config)
     options = plan(config, bert, world_size=args.world_size, device=args.device)
-    chosen = choice.choose(options, memory - reserve, args.device)
+    enough = choice.enough(config, args.world_size)
+    chosen = choice.choose(options, memory - reserve, args.device, enough=enough)
+    remarks = notes(config, args.world_size)
     if args.json:
-        print(json.dumps(_as_json(options, chosen, memory, reserve), indent=1))
+        print(json.dumps(_as_json(options, chosen, memory, reserve) | {"notes": remarks}, indent=1))
     else:
-        _show(options, chosen, memory, reserve, args.device)
+        _show(options, chosen, memory, reserve, args.device, remarks)
     return 0 if chosen else 1
 
 
@@ -77,13 +87,22 @@ def sizes(config: Config) -> BertConfig:
     from mlm_dist.model import bert
 
     section = config.model
+    if section.init == "run":
+        try:
+            return bert.load_config(section, vocab_size=None, pad_token_id=0)
+        except UserError as error:
+            raise UserError(
+                f"{error}. The planner takes the model's sizes from that run; before it exists give them: --model.init config --model.name_or_path null "
+                "--model.config.hidden_size 768 --model.config.vocab_size 30522."
+            ) from error
     if section.init == "pretrained":
         known = KNOWN_SIZES.get((section.name_or_path or "").removeprefix("google-bert/"))
-        if known is None:
-            return bert.load_config(section, vocab_size=None, pad_token_id=0)
-        section = replace(
-            section, init="config", name_or_path=None, config=known | {"vocab_size": known.get("vocab_size", 30522)}
-        )
+        if known is not None:
+            rows = {"vocab_size": 30522} | known
+            section = replace(section, init="config", name_or_path=None, config=rows)
+        stored = bert.load_config(section, vocab_size=None, pad_token_id=0)
+        stored.vocab_size = _extended(config, stored.vocab_size)
+        return stored
     vocabulary = None
     if "vocab_size" not in (section.config or {}):
         from mlm_dist.data import tokenizer
@@ -97,12 +116,45 @@ def sizes(config: Config) -> BertConfig:
     return bert.load_config(section, vocab_size=vocabulary, pad_token_id=0)
 
 
+def _extended(config: Config, stored: int) -> int:
+    """Rows of the checkpoint's table, which has `stored`, with those that a tokenizer of `mlm-dist tokenizer extend` adds."""
+    from mlm_dist.data.extend_tokenizer import RECORD, read_extension
+    from mlm_dist.data.tokenizer import load_pretrained
+    from mlm_dist.model.bert import find_new_tokens
+
+    name = config.data.tokenizer
+    if not (Path(name).expanduser() / RECORD).is_file():
+        return stored
+    extension = read_extension(name, load_pretrained(name))
+    assert extension is not None
+    new = find_new_tokens(config.model, stored, extension.base_size, list(extension.words.values()))
+    return new.rows(stored) if new else stored
+
+
+def notes(config: Config, world_size: int) -> list[str]:
+    """What else is to be known of the table."""
+    changed = [n for n in _templates(config) if _zero(config, n, world_size) != load_template(n)["zero_optimization"]]
+    found = []
+    if changed:
+        found.append(f"on one rank there is nothing to partition: {', '.join(changed)} run as ZeRO stage 0, like zero0")
+    if world_size > 1:
+        found.append(
+            "rows are taken to be dealt evenly; where the number of ranks does not divide the stream's lanes, a rank can get more, which train.micro_batch "
+            "auto counts with"
+        )
+    if config.model.head == "liger":
+        found.append("model.head liger is planned as if it were torch's")
+    return found
+
+
 def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
     """Every way that the run's precision and optimizer allow, with every micro-batch, in the order in which they are taken.
 
     The run's own template comes first when it is none of ours.
+
+    Raises:
+        UserError: there is no such way.
     """
-    from mlm_dist.ds_config import for_world, load_template
     from mlm_dist.model.attention import choose as choose_attention
 
     attention, _ = choose_attention(
@@ -113,18 +165,16 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
         head_size=bert.hidden_size // bert.num_attention_heads,
         pads_see=config.mask.labels == "all_with_padding",
     )
+    zero = {name: _zero(config, name, world_size) for name in _templates(config)}
     own = config.deepspeed.config
-    known = {way.template for way in choice.ORDER}
-    ways = [*([] if own in known else [Way(own, False), Way(own, True)]), *choice.ORDER]
-    zero = {
-        name: for_world(load_template(name), world_size=world_size, precision=config.train.precision)[
-            "zero_optimization"
-        ]
-        for name in dict.fromkeys(way.template for way in ways)
-    }
+    ways = [*([] if own in OURS else [Way(own, False), Way(own, True)]), *choice.ORDER]
     # On one rank several run as the same: the first of them stands for all.
     names = [name for i, name in enumerate(zero) if zero[name] not in list(zero.values())[:i]]
-    ways = [way for way in ways if way.template in names and _possible(config, zero[way.template])]
+    ways = [way for way in ways if way.template in names and _refusal(config, zero[way.template]) is None]
+    if not ways:
+        raise UserError(
+            f"no deepspeed.config goes with train.precision {config.train.precision} and optim.name {config.optim.name}: {_refusal(config, zero[own])}"
+        )
     return [
         Option(
             way,
@@ -147,9 +197,17 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
     ]
 
 
-def _possible(config: Config, zero: Mapping[str, Any]) -> bool:
-    combination = Combination(zero["stage"], "offload_optimizer" in zero, config.train.precision, config.optim.name)
-    return refusal(combination) is None
+def _templates(config: Config) -> list[str]:
+    return list(dict.fromkeys([*({config.deepspeed.config} - OURS), *(way.template for way in choice.ORDER)]))
+
+
+def _zero(config: Config, template: str, world_size: int) -> dict[str, Any]:
+    adapted = for_world(load_template(template), world_size=world_size, precision=config.train.precision)
+    return dict(adapted["zero_optimization"])
+
+
+def _refusal(config: Config, zero: Mapping[str, Any]) -> str | None:
+    return refusal(Combination(zero["stage"], "offload_optimizer" in zero, config.train.precision, config.optim.name))
 
 
 def _size(flag: str, text: str) -> int:
@@ -189,7 +247,9 @@ def _as_json(options: list[Option], chosen: Option | None, memory: int, reserve:
     }
 
 
-def _show(options: list[Option], chosen: Option | None, memory: int, reserve: int, device: str) -> None:
+def _show(
+    options: list[Option], chosen: Option | None, memory: int, reserve: int, device: str, remarks: list[str]
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -227,6 +287,8 @@ def _show(options: list[Option], chosen: Option | None, memory: int, reserve: in
         f"Predictions are held to be within {choice.MARGIN:.0%}: what fits leaves as much room.",
         soft_wrap=True,
     )
+    for remark in remarks:
+        console.print(f"note: {remark}", soft_wrap=True)
     if chosen is None:
         least = min(options, key=lambda option: choice.needed(option.prediction, device))
         over = int(choice.needed(least.prediction, device) * (1 + choice.MARGIN)) - room

@@ -602,7 +602,8 @@ def run(invocation: Invocation) -> int:
             code = attempt.close(outcome)
     except BaseException as error:
         if autobatch.out_of_memory(error):
-            error = autobatch.too_large(inputs.micro_batch)
+            auto, saved = config.train.micro_batch == "auto", attempt.saved_step is not None
+            error = autobatch.too_large(inputs.micro_batch, auto=auto, saved=saved)
         try:
             attempt.fail(error)
         finally:

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import BASE, FLAT, PARTS, TWO_GIB
-from benchmarks.memory_cases import Setting
+from benchmarks.memory_cases import Setting, module, peaks
+from mlm_dist.autobatch import trial
 from mlm_dist.choice import CUDA_RESERVE
-from mlm_dist.plan import predict
+from mlm_dist.plan import bare, predict
 from tests.ranks import run_ranks
 
 CASES = "benchmarks.memory_cases"
@@ -33,6 +35,21 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured(setting: Setting) -> N
     most = max(found["peak"] for found in ranks)
     assert prediction.total + prediction.total_host == pytest.approx(most, rel=0.1)
     assert prediction.total_host == pytest.approx(ranks[0]["host"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("template", "precision", "checkpoint"),
+    [("zero0", "fp32", True), ("zero2", "bf16", True), ("zero2", "bf16_pure", False)],
+)
+def test_a_trial_takes_what_it_is_held_to_take(template: str, precision: str, checkpoint: bool) -> None:
+    setting = Setting(
+        template=template, precision=precision, checkpoint=checkpoint, world=2, vocab=4096, micro_batches=1
+    )
+    job, done = setting.job(), []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        done.append(trial(lambda: module(setting), job, 0, torch.device("cpu")))
+    assert done == [True]
+    assert bare(job) == pytest.approx(peaks(profiler)["peak"], rel=0.1)
 
 
 @pytest.mark.gpu

