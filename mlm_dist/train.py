@@ -261,7 +261,7 @@ class Run:
                 head=config.model.head,
                 head_chunk=config.model.head_chunk,
             ),
-            most=int(probe.rank_counts(probe.schedule.full_from).max()),
+            most=probe.most_rows(),
             device=device,
             control=self.control,
             recorded=recorded,

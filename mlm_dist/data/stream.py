@@ -247,12 +247,20 @@ class Stream:
         """Micro-batches of every rank in batch ``step``: enough for the rank with most rows."""
         return -(-int(self.rank_counts(step).max()) // self.micro_batch)
 
+    def most_rows(self) -> int:
+        """Most rows that any rank has in a batch of ``global_batch`` rows."""
+        return max(int(self.rank_counts(k).max()) for k in self._full_cycle())
+
+    def _full_cycle(self) -> range:
+        """Steps of ``global_batch`` rows, as many as give every way in which rows fall on ranks."""
+        first = self.schedule.full_from
+        return range(first, first + self.order.lanes // int(np.gcd(self.global_batch, self.order.lanes)))
+
     def fill(self) -> float:
         """Share of a batch's micro-batch places that hold a row, over the ranks, averaged over batches of ``global_batch`` rows."""
-        steps = self.order.lanes // int(np.gcd(self.global_batch, self.order.lanes))
-        start = self.schedule.full_from
-        places = sum(self.micro_batches(start + k) for k in range(steps)) * self.micro_batch * self.world_size
-        return steps * self.global_batch / places
+        steps = self._full_cycle()
+        places = sum(self.micro_batches(k) for k in steps) * self.micro_batch * self.world_size
+        return len(steps) * self.global_batch / places
 
     def batches(
         self, start: int = 0, cursors: np.ndarray | None = None, lost: Lost = frozenset()

@@ -438,3 +438,12 @@ def test_work_is_counted_without_padding_and_ended_lanes(
         assert (batch.tokens, batch.attended) == (tokens, attended)
         checked, ended = checked + 1, ended + int((~batch.live).sum())
     assert checked > 5 and ended
+
+
+@pytest.mark.parametrize(("batch", "lanes", "world"), [(12, 12, 1), (12, 8, 2), (10, 4, 3), (12, 12, 5), (7, 4, 3)])
+def test_the_most_rows_of_a_rank_are_those_of_some_batch(
+    corpus: Manifest, tokenizer: TextTokenizer, batch: int, lanes: int, world: int
+) -> None:
+    stream = Stream([maker(corpus, tokenizer)], global_batch=batch, micro_batch=2, world_size=world, lanes=lanes)
+    counts = [np.bincount(np.arange(k * batch, (k + 1) * batch) % lanes % world, minlength=world) for k in range(40)]
+    assert stream.most_rows() == max(int(c.max()) for c in counts)
