@@ -19,7 +19,7 @@ def start(config: Path, *flags: str, **case: Any) -> list[Any]:
 
 
 def test_an_oom_on_one_rank_halves_it_for_all_and_changes_no_loss_and_a_resume_takes_the_same(tmp_path: Path) -> None:
-    config = save_config(tmp_path, train={"micro_batch": "auto", "steps": 4}, checkpoint={"every": 4})
+    config = save_config(tmp_path, data={"lanes": 2}, train={"micro_batch": "auto", "steps": 4}, checkpoint={"every": 4})
     flags = ["--run.name", "auto", "--train.steps", "4"]
     ends = start(config, *flags, fails_above=4)
     assert [code for code, _ in ends] == [0, 0]
