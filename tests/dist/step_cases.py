@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 import tests.varlen_cpu  # noqa: F401
 from mlm_dist import distributed, train
 from mlm_dist.engine import Engine, MicroBatch
+from mlm_dist.model import compiled as compiling
 from mlm_dist.model.compiled import compile_layers, layer_class
 from mlm_dist.model.head import MaskedLM
 from tests.dist import engine_cases as base
@@ -112,7 +113,7 @@ def program(config: str, flags: list[str], breaks_on: list[int]) -> list[str]:
     modules: list[MaskedLM] = []
     said: list[str] = []
     train.RunConsole = Console  # type: ignore[misc]
-    train.compile_layers = compile_quickly  # type: ignore[assignment]
+    compiling.compile_layers = compile_quickly  # type: ignore[assignment]
     assert train.main(["--config", config, *flags]) == 0
     assert modules[0].compiled == (not breaks_on)
     assert all(("forward" in vars(m)) == (not breaks_on) for m in modules[0].model.bert.encoder.layer)
