@@ -31,10 +31,8 @@ from torch import Tensor, nn
 from mlm_dist.clock import StepClock
 from mlm_dist.errors import UserError
 from mlm_dist.loss_scale import LossScaler
+from mlm_dist.micro_batch import MicroBatch, on_device
 from mlm_dist.optim import CLASSES, STATE_KEYS, OptimConfig, build_optimizer, param_groups
-
-# Tensors, and in a flat one an int.
-MicroBatch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Engine:
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             torch.manual_seed(seed)
             with self.clock.phase("forward"):
-                loss, correct = self._engine(**self._on_device(micro_batch))
+                loss, correct = self._engine(**on_device(micro_batch, self.device))
             # An infinite loss can have finite gradients. Made NaN here, without waiting for the device, they reach
             # every rank's norm.
             weight = torch.where(torch.isfinite(loss.detach()), scale, math.nan)
@@ -181,12 +179,13 @@ class Engine:
             corrects.append(correct)
         with self.clock.phase("optimizer"):
             grad_norm, skipped = self._apply()
+        step_losses = torch.stack(losses)
         return StepResult(
-            loss_sum=torch.stack(losses).double().sum(),
+            loss_sum=step_losses.double().sum(),
             correct=torch.stack(corrects).sum(),
             grad_norm=grad_norm,
             skipped=skipped,
-            overflow=self._end_scaling(torch.stack(losses), skipped),
+            overflow=self._end_scaling(step_losses, skipped),
         )
 
     def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -198,7 +197,7 @@ class Engine:
         if self._module.training:
             self._module.eval()
         with torch.no_grad():
-            loss, correct = self._engine(**self._on_device(micro_batch))
+            loss, correct = self._engine(**on_device(micro_batch, self.device))
         return loss, correct
 
     def close(self) -> None:
@@ -209,12 +208,6 @@ class Engine:
         nn.functional.linear = self._linear
         # The process's too: a later engine would reduce by autocast's rules.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-
-    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in micro_batch.items()
-        }
 
     def _apply(self) -> tuple[float | Tensor, bool]:
         """Steps the optimizer unless the gradient is not finite; (norm before clipping, skipped)."""

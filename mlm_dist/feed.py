@@ -5,14 +5,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from mlm_dist.data.stream import Batch
+from mlm_dist.micro_batch import MicroBatch, on_device
 
-# Tensors, and in a flat one an int.
-MicroBatch = dict[str, Any]
 # A thread that waits for slow storage when the run stops is left behind after this long; it ends with the process.
 JOIN_S = 5.0
 
@@ -89,15 +88,7 @@ class Feeder:
         if self._copies is None:
             return Fed(batch, micro_batches, None)
         with torch.cuda.stream(self._copies):
-            micro_batches = [
-                {
-                    name: value.pin_memory().to(self._device, non_blocking=True)
-                    if isinstance(value, torch.Tensor)
-                    else value
-                    for name, value in micro.items()
-                }
-                for micro in micro_batches
-            ]
+            micro_batches = [on_device(micro_batch, self._device, pin=True) for micro_batch in micro_batches]
             return Fed(batch, micro_batches, self._copies.record_event())
 
     def _run(self) -> None:

@@ -321,6 +321,10 @@ class Inputs(DataInputs):
             pads_see=config.mask.labels == "all_with_padding",
         )
         self.notes += [note] if note else []
+        if config.train.precision == "fp16" and not cuda:
+            self.notes.append(
+                "most CPUs emulate fp16 (measured 15 times slower than fp32); bf16 is what they are good at"
+            )
         if config.model.compile and config.data.packing == "none":
             self.notes.append(
                 "model.compile fills every micro-batch up to train.micro_batch rows of data.seq_len tokens, and "

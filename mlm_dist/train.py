@@ -43,7 +43,9 @@ from mlm_dist.lifecycle import (
     write_json,
 )
 from mlm_dist.meter import Meter, peak_memory_gib, restart_peak_memory
+from mlm_dist.micro_batch import on_device
 from mlm_dist.model import bert, from_run
+from mlm_dist.model.bert import ModelConfig
 from mlm_dist.model.compiled import compile_together, layer_class
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.opening import opening_lines
@@ -187,17 +189,14 @@ class Run:
         self._settle_micro_batch(None if reader is None else reader.trainer.get("micro_batch"))
         self.stream = inputs.stream(self.topology.rank, self.topology.world_size)
         self.val_stream = inputs.val_stream(self.topology.rank, self.topology.world_size)
-        section = config.model
-        if section.init == "run" and path is None:
+        # A checkpoint holds every weight; those that the model started from need not be read.
+        section = config.model if path is None else self._new_weights()
+        if section.init == "run":
             section = replace(section, name_or_path=self.source)
-        if path is not None and section.init != "config":
-            # The checkpoint holds every weight; those that the model started from need not be read.
-            section = replace(section, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
         if config.optim.name == "cpu_adam":
             self.console.say("cpu_adam: DeepSpeed compiles it where it was never used, which takes about two minutes")
-        model = bert.build(section, inputs.bert_config, seed=config.run.seed, new_tokens=inputs.new_tokens)
-        self.num_parameters = sum(p.numel() for p in model.parameters())
-        module = MaskedLM(model, inputs.attention, config.model.head, config.model.head_chunk).to(self.topology.device)
+        module = self._new_module(section).to(self.topology.device)
+        self.num_parameters = sum(p.numel() for p in module.parameters())
         self.compiled = config.model.compile and self._compile(module)
         self.engine = Engine(
             module,
@@ -219,12 +218,20 @@ class Run:
             self.dir.path, config.checkpoint, self.topology.rank, self.topology.world_size, self.dir.attempt
         )
 
+    def _new_weights(self) -> ModelConfig:
+        """The section ``model`` of a model of the run's sizes that reads no weights."""
+        sizes = self.inputs.bert_config.to_diff_dict()
+        return replace(self.config.model, init="config", name_or_path=None, config=sizes)
+
+    def _new_module(self, section: ModelConfig) -> MaskedLM:
+        """The run's module, on the host."""
+        inputs, seed = self.inputs, self.config.run.seed
+        model = bert.build(section, inputs.bert_config, seed=seed, new_tokens=inputs.new_tokens)
+        return MaskedLM(model, inputs.attention, section.head, section.head_chunk)
+
     def _compile(self, module: MaskedLM) -> bool:
         """Compile the encoder layers on all ranks or, with a warning, on none; whether they are. Collective."""
-        micro_batch = {
-            name: value.to(self.topology.device) if isinstance(value, torch.Tensor) else value
-            for name, value in self.stream.empty_micro_batch().items()
-        }
+        micro_batch = on_device(self.stream.empty_micro_batch(), self.topology.device)
         why_not = compile_together(module, micro_batch, self.config.train.precision, self.control)
         if why_not is not None:
             self.console.say(f"warning: model.compile: the encoder layers run uncompiled, on all ranks ({why_not})")
@@ -240,7 +247,6 @@ class Run:
             return
         device = topology.device
         probe = inputs.stream(topology.rank, topology.world_size)  # for its rows only, which no micro-batch changes
-        like = replace(config.model, init="config", name_or_path=None, config=inputs.bert_config.to_diff_dict())
 
         def job_of(rows: int) -> Job:
             return choice.job(
@@ -255,12 +261,7 @@ class Run:
 
         settled = autobatch.settle(
             job_of,
-            lambda: MaskedLM(
-                bert.build(like, inputs.bert_config, seed=0),
-                attention=inputs.attention,
-                head=config.model.head,
-                head_chunk=config.model.head_chunk,
-            ),
+            lambda: self._new_module(self._new_weights()),
             most=probe.most_rows(),
             device=device,
             control=self.control,
