@@ -110,6 +110,14 @@ class TrainConfig:
             return "train.batch_start", self.batch_start
         return "train.global_batch", self.global_batch
 
+    def check_world(self, world_size: int) -> None:
+        """Raises UserError when the smallest batch has no row for some rank."""
+        key, rows = self.smallest_batch()
+        if rows < world_size:
+            raise UserError(
+                f"{key}: {rows} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
+            )
+
 
 @dataclass
 class Config:

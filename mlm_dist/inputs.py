@@ -260,11 +260,7 @@ class Inputs(DataInputs):
     """
 
     def __init__(self, config: Config, world_size: int):
-        key, smallest = config.train.smallest_batch()
-        if smallest < world_size:
-            raise UserError(
-                f"{key}: {smallest} rows cannot feed {world_size} ranks; use at least {world_size}, or start fewer ranks."
-            )
+        config.train.check_world(world_size)
         self.attention = "auto"
         super().__init__(config)
         template = ds_config.load_template(config.deepspeed.config)
@@ -309,16 +305,15 @@ class Inputs(DataInputs):
             )
 
     def _choose_kernels(self) -> None:
-        config, bert_config = self.config, self.bert_config
+        config = self.config
         cuda = torch.cuda.is_available()
         check_head(config.model.head, cuda=cuda)
-        self.attention, note = attention.choose(
+        self.attention, note = attention.choose_for(
             config.model.attention,
+            self.bert_config,
             capability=torch.cuda.get_device_capability(Topology.from_env().device) if cuda else None,
-            half_precision=config.train.precision != "fp32",
-            dropout=bert_config.attention_probs_dropout_prob,
-            head_size=bert_config.hidden_size // bert_config.num_attention_heads,
-            pads_see=config.mask.labels == "all_with_padding",
+            precision=config.train.precision,
+            labels=config.mask.labels,
         )
         self.notes += [note] if note else []
         if config.train.precision == "fp16" and not cuda:

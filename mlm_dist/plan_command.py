@@ -57,10 +57,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     config = load(["--config", args.config, *overrides], prog="mlm-dist plan").config
     if args.world_size < 1:
         raise UserError(f"--world-size: {args.world_size} must be at least 1.")
-    if config.train.global_batch < args.world_size:
-        raise UserError(
-            f"train.global_batch: {config.train.global_batch} rows cannot feed {args.world_size} ranks; use at least {args.world_size}."
-        )
+    config.train.check_world(args.world_size)
     memory = _size("--device-memory", args.device_memory)
     reserve = choice.CUDA_RESERVE if args.device == "cuda" else 0
     if args.reserve is not None:
@@ -155,15 +152,14 @@ def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> l
     Raises:
         UserError: there is no such way.
     """
-    from mlm_dist.model.attention import choose as choose_attention
+    from mlm_dist.model.attention import choose_for
 
-    attention, _ = choose_attention(
+    attention, _ = choose_for(
         config.model.attention,
+        bert,
         capability=(8, 0) if device == "cuda" else None,  # Ampere or later
-        half_precision=config.train.precision != "fp32",
-        dropout=bert.attention_probs_dropout_prob,
-        head_size=bert.hidden_size // bert.num_attention_heads,
-        pads_see=config.mask.labels == "all_with_padding",
+        precision=config.train.precision,
+        labels=config.mask.labels,
     )
     zero = {name: _zero(config, name, world_size) for name in _templates(config)}
     own = config.deepspeed.config

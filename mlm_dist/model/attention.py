@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mlm_dist.errors import UserError
 from mlm_dist.model.bert import check_attention
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 # Under this name `varlen` stands in transformers' attention interface.
 VARLEN = "mlm_varlen"
@@ -60,6 +63,20 @@ def choose(
     return name, (
         f"attention goes through SDPA with a mask, which computes padding and pairs of tokens of different documents "
         f"too; model.attention varlen would not, but {reason}"
+    )
+
+
+def choose_for(
+    name: str, bert: BertConfig, *, capability: tuple[int, int] | None, precision: str, labels: str
+) -> tuple[str, str | None]:
+    """`choose` for a model, `train.precision` and `mask.labels`."""
+    return choose(
+        name,
+        capability=capability,
+        half_precision=precision != "fp32",
+        dropout=bert.attention_probs_dropout_prob,
+        head_size=bert.hidden_size // bert.num_attention_heads,
+        pads_see=labels == "all_with_padding",
     )
 
 
