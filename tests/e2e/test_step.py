@@ -56,3 +56,11 @@ def test_compiling_unpacked_rows_says_what_it_costs(tmp_path: Path) -> None:
         config = save_config(tmp_path, model={"compile": True}, data={"packing": packing})
         notes = Inputs(load(["--config", str(config)]).config, world_size=1).notes
         assert sum("model.compile fills every micro-batch" in note for note in notes) == count
+
+
+def test_fp16_on_a_cpu_is_said_to_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for precision, count in (("fp16", 1), ("bf16", 0)):
+        config = save_config(tmp_path, train={"precision": precision})
+        notes = Inputs(load(["--config", str(config)]).config, world_size=2).notes
+        assert sum("most CPUs emulate fp16" in note for note in notes) == count
