@@ -58,7 +58,7 @@ lint: $(STAMP) ## formatting, lint, types, shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
 
 check: lint test ## everything that must pass before a commit
 

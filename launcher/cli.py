@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
+from launcher import runs_command, slurm_command
 from launcher.command import deepspeed_command, environment
-from launcher.run_dir import ENDED, find_run, resolve
-from launcher.supervise import Supervisor, check_grace, say
+from launcher.run_dir import resolve
+from launcher.supervise import Supervisor, check_grace
 from launcher.topology import local_topology
 from mlm_dist.errors import UserError
+
+WITH_PROGRAM = ("local", "slurm")  # what these do not know goes to the program
 
 
 def _local(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -36,44 +36,6 @@ def _local(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     supervisor = Supervisor(run, topology.ranks, grace=args.grace, show_all_ranks=args.verbose)
     return supervisor.supervise(command, env)
-
-
-def _status(args: argparse.Namespace, _: list[str]) -> int:
-    run = find_run(args.run)
-    status = run.status()
-    assert status is not None, "find_run gives directories with a status"
-    if args.json:
-        print(json.dumps(asdict(status)))
-        return 0
-    print(f"{run.path}: {status.state} at step {status.step}" + (f" ({status.reason})" if status.reason else ""))
-    seen = run.last_sign_of_life()
-    if status.state not in ENDED and seen is not None:
-        print(f"last sign of life {max(0, round(time.time() - seen))} s ago")
-    return 0
-
-
-def _cancel(args: argparse.Namespace, _: list[str]) -> int:
-    run = find_run(args.run)
-    status = run.status()
-    if status is not None and status.state in ENDED:
-        print(f"{run.path}: already {status.state}; nothing to cancel")
-        return 0
-    try:
-        run.request_stop("mlm-launch cancel")
-    except OSError as e:
-        raise UserError(f"{run.path}: cannot write the request to stop ({e})") from None
-    print(f"{run.path}: asked to write a checkpoint and end")
-    deadline = time.monotonic() + args.wait
-    while args.wait > 0:
-        status = run.status()
-        if status is not None and status.state in ENDED:
-            print(f"{run.path}: {status.state} at step {status.step}")
-            break
-        if time.monotonic() > deadline:
-            say(f"{run.path}: still running after {args.wait:g} s")
-            return 1
-        time.sleep(0.2)
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -111,15 +73,15 @@ def make_parser() -> argparse.ArgumentParser:
     local.add_argument("--program", default="mlm_dist.train", help=argparse.SUPPRESS)
     local.set_defaults(run_command=_local)
 
-    status = commands.add_parser("status", help="say how far a run is", allow_abbrev=False)
-    status.add_argument("run", metavar="RUN", help="run directory, or a name under runs/")
-    status.add_argument("--json", action="store_true", help="as JSON")
-    status.set_defaults(run_command=_status)
-
-    cancel = commands.add_parser("cancel", help="let a run write a checkpoint and end", allow_abbrev=False)
-    cancel.add_argument("run", metavar="RUN", help="run directory, or a name under runs/")
-    cancel.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait up to S seconds for its end")
-    cancel.set_defaults(run_command=_cancel)
+    for name, run_command, add_arguments, text in [
+        ("slurm", slurm_command.run, slurm_command.add_arguments, "submit to SLURM"),
+        ("status", runs_command.status, runs_command.add_status_arguments, "say how far a run is"),
+        ("logs", runs_command.logs, runs_command.add_logs_arguments, "print the end of a run's log"),
+        ("cancel", runs_command.cancel, runs_command.add_cancel_arguments, "let a run write a checkpoint and end"),
+    ]:
+        command = commands.add_parser(name, help=text, description=run_command.__doc__, allow_abbrev=False)
+        add_arguments(command)
+        command.set_defaults(run_command=run_command)
     return parser
 
 
@@ -127,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `mlm-launch`: returns the exit code."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "local":
+    if rest and args.command not in WITH_PROGRAM:
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
     try:
         return int(args.run_command(args, rest))

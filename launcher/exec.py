@@ -1,6 +1,7 @@
 """One rank: runs a program as a child, keeps its output apart and writes down how it ended.
 
     python -m launcher.exec PROGRAM [ARGS...]      # RANK and the like come from the environment
+    srun python -m launcher.exec PROGRAM [ARGS...] # or from the SLURM_* variables of the task
 
 The deepspeed launcher returns the code of whichever failed rank it looks at first, or 0 when its own child dies of a
 signal. So each rank's end is written into LAUNCHER_REPORT_DIR, where the watcher finds who failed first. With
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from launcher.command import LOG_DIR, REPORT_DIR
+from launcher.topology import slurm_rank
 
 STOPPED = 75  # EX_TEMPFAIL: ended on request, with a checkpoint
 PR_SET_PDEATHSIG = 1
@@ -85,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         print("usage: python -m launcher.exec PROGRAM [ARGS...]", file=sys.stderr)
         return 2
+    under_slurm = slurm_rank(os.environ)
+    os.environ.update(under_slurm)
     rank = int(os.environ.get("RANK", "0"))
     report_dir = os.environ.pop(REPORT_DIR, None)
     env = dict(os.environ)
@@ -101,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = child.wait()
     code = 128 - code if code < 0 else code
     if report_dir is None:
-        return code
+        # The first rank to end would have srun kill the others; how the run ended is in its status.
+        return 0 if under_slurm and code == STOPPED else code
     try:
         write_report(Path(report_dir), Report(rank, code, time.monotonic_ns()))
     except OSError:

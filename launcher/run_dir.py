@@ -98,10 +98,10 @@ def find_run(name: str) -> RunDir:
     """The run directory `name`, or `runs/name` when there is no such directory.
 
     Raises:
-        UserError: neither is a directory that a run has written its status into.
+        UserError: neither is a directory that a run has written its status into, or that a job was submitted for.
     """
     for path in (Path(name), Path("runs") / name):
-        if (path / "status.json").is_file():
+        if (path / "status.json").is_file() or (path / "jobs.jsonl").is_file():
             return RunDir(path)
     raise UserError(f"{name}: no run directory (neither {name}/status.json nor runs/{name}/status.json exists)")
 
@@ -109,8 +109,19 @@ def find_run(name: str) -> RunDir:
 def resolve(config: Path, overrides: Sequence[str], environ: Mapping[str, str]) -> RunDir:
     """The run directory that `mlm_dist.train --config config overrides...` will use: run.dir / run.name.
 
-    Flags come before the environment (MLM_RUN__DIR, MLM_RUN__NAME), that before the file; the defaults are "runs" and
-    the file's stem.
+    Raises:
+        UserError: the file is missing, unreadable or not a YAML mapping.
+    """
+    keys = read_keys(config, overrides, environ, {"run.dir": "runs", "run.name": config.stem})
+    return RunDir(Path(str(keys["run.dir"])) / str(keys["run.name"]))
+
+
+def read_keys(
+    config: Path, overrides: Sequence[str], environ: Mapping[str, str], defaults: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """What `mlm_dist.train --config config overrides...` takes for the keys of `defaults`, found without importing it.
+
+    Flags come before the environment (MLM_RUN__DIR), that before the file, that before the default; null counts as not given.
 
     Raises:
         UserError: the file is missing, unreadable or not a YAML mapping.
@@ -127,18 +138,21 @@ def resolve(config: Path, overrides: Sequence[str], environ: Mapping[str, str]) 
         tree = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise UserError(f"--config {config}: not YAML: {e}") from None
-    section: Any = (tree or {}).get("run") if isinstance(tree or {}, dict) else tree
-    if section is not None and not isinstance(section, dict):
-        what = "run" if isinstance(tree, dict) else "the file"
-        raise UserError(f"--config {config}: {what} must be a mapping of keys to values, not {section!r}")
-    values = {"dir": "runs", "name": config.stem}
-    values |= {k: str(v) for k, v in (section or {}).items() if k in values and v is not None}
-    values |= {k: environ[name] for k in values if (name := f"MLM_RUN__{k.upper()}") in environ}
+    values: dict[str, Any] = dict(defaults)
+    for key in values:
+        name, _, field = key.partition(".")
+        section = (tree or {}).get(name) if isinstance(tree or {}, dict) else tree
+        if section is not None and not isinstance(section, dict):
+            what = name if isinstance(tree, dict) else "the file"
+            raise UserError(f"--config {config}: {what} must be a mapping of keys to values, not {section!r}")
+        if (found := (section or {}).get(field)) is not None:
+            values[key] = found
+        values[key] = environ.get(f"MLM_{name.upper()}__{field.upper()}", values[key])
     for i, word in enumerate(overrides):
         flag, equals, value = word.partition("=")
-        key = flag.removeprefix("--run.")
-        if flag.startswith("--run.") and key in values:
+        key = flag.removeprefix("--")
+        if flag.startswith("--") and key in values:
             if not equals and i + 1 == len(overrides):
                 raise UserError(f"{flag}: a value must follow")
             values[key] = value if equals else overrides[i + 1]
-    return RunDir(Path(values["dir"]) / values["name"])
+    return values

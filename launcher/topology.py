@@ -1,18 +1,24 @@
-"""What this machine offers and how many ranks go on it, found without importing torch."""
+"""What this machine or SLURM job offers and how many ranks go on it, found without importing torch. Only this module reads `SLURM_*`."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_dist.errors import UserError
+
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
 @dataclass(frozen=True)
@@ -128,3 +134,131 @@ def local_topology(
     given = environ.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdecimal() and int(given) > 0 else max(1, cpu_count() // ranks)
     return LocalTopology(ranks, gpus[:ranks], threads, master_port if master_port is not None else free_port())
+
+
+# SLURM ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The SLURM job that this process belongs to.
+
+    Attributes:
+        job_id: number of the job; of an element of an array, the element's own.
+        lineage: what stays the same over requeues and over the elements of one array.
+        restarts: how often the job was requeued.
+        is_first: neither a requeued job nor a later element of an array.
+        is_last: no later element of its array follows.
+        nodes: names of its nodes, in SLURM's order.
+    """
+
+    job_id: str
+    lineage: str
+    restarts: int
+    is_first: bool
+    is_last: bool
+    nodes: tuple[str, ...]
+
+
+def slurm_job(environ: Mapping[str, str]) -> SlurmJob | None:
+    """The job described by the `SLURM_*` variables; None outside of one."""
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
+    element, first, last = (environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX"))
+    return SlurmJob(
+        job_id=environ["SLURM_JOB_ID"],
+        lineage=environ.get("SLURM_ARRAY_JOB_ID") or environ["SLURM_JOB_ID"],
+        restarts=restarts,
+        is_first=restarts == 0 and element == first,
+        is_last=element == last,
+        nodes=tuple(expand_nodes(environ.get("SLURM_JOB_NODELIST", ""))),
+    )
+
+
+def expand_nodes(nodelist: str) -> list[str]:
+    """The names in a SLURM node list: `a[1-2,04]-ib,b` is a1-ib, a2-ib, a04-ib, b.
+
+    Here and not by `scontrol show hostnames`, which containers have not.
+
+    Raises:
+        UserError: brackets that do not match, or a range that is none.
+    """
+    word = r"(?:[^][,]|\[[^][]*\])+"  # commas within brackets do not separate
+    if not re.fullmatch(rf"(?:{word}(?:,{word})*)?", nodelist):
+        raise UserError(f"node list {nodelist!r}: brackets or commas are not as SLURM writes them")
+    names: list[str] = []
+    for found in re.findall(word, nodelist):
+        parts = re.split(r"\[([^]]*)\]", found)
+        choices = [_expand_ranges(part, nodelist) if i % 2 else [part] for i, part in enumerate(parts)]
+        names += map("".join, itertools.product(*choices))
+    return names
+
+
+def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise UserError(f"node list {nodelist!r}: {part!r} is not a range of numbers")
+        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _tasks_by_node(counts: str) -> list[int]:
+    """`2(x3),1` is [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """The launch variables of one task of `srun`: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and OMP_NUM_THREADS.
+
+    Rank 0 runs on the first node of the step's list. The port follows from the job and the step, so that jobs that share a node
+    do not meet; what is set already (MASTER_PORT, OMP_NUM_THREADS) stays. Threads are the task's CPUs, or an even share of the
+    node's. Empty outside of `srun`, and where another launcher has set RANK.
+    """
+    if "RANK" in environ or "SLURM_PROCID" not in environ:
+        return {}
+    nodes = expand_nodes(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+    node = int(environ.get("SLURM_NODEID") or 0)
+    tasks = _tasks_by_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "1")
+    here = tasks[min(node, len(tasks) - 1)]
+    # With a GPU bound to each task that GPU is the only one, number 0, that the task sees.
+    bound = here > 1 and re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")) is not None
+    share = int(environ.get("SLURM_CPUS_ON_NODE") or cpu_count()) // here
+    threads = int(environ.get("SLURM_CPUS_PER_TASK") or share)
+    number = int(environ.get("SLURM_JOB_ID") or 0) + 37 * int(environ.get("SLURM_STEP_ID") or 0)
+    found = {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"],
+        "LOCAL_RANK": "0" if bound else environ["SLURM_LOCALID"],
+        "MASTER_ADDR": nodes[0],
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(20000 + number % 10000),
+        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, min(threads, cpu_count()))),
+    }
+    if len(nodes) > 1 and "GLOO_SOCKET_IFNAME" not in environ and (name := interface_towards(nodes[0])):
+        found["GLOO_SOCKET_IFNAME"] = name
+    return found
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface of this host that packets to `host` leave by; None when that is the loopback or cannot be told.
+
+    Left alone, gloo takes the address that the host's own name stands for, which on many systems is 127.0.1.1.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            address = probe.getsockname()[0]
+            if address.startswith("127."):
+                return None
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                with contextlib.suppress(OSError):  # an interface without an address
+                    if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]) == address:
+                        return name
+    except OSError:
+        return None
+    return None
