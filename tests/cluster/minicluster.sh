@@ -274,6 +274,7 @@ controller() { # N
   wait_until 10 munge --no-input --socket="$D/munge/socket" >/dev/null 2>&1
   slurmctld -D &
   for k in $(seq "$1"); do boot "$k"; done
+  for k in $(seq "$1"); do booted "$k"; done
   touch "$D/run/booted"
   live
 }
@@ -284,12 +285,18 @@ own_network() { # PID
 
 boot() { # K, on the controller
   local unshare
+  if recall "$D/run/node$1" >/dev/null; then return; fi
+  rm -f "$D/run/node$1.booted"
   new_host "$D/log/node$1.out" _node "$D" "$1"
   unshare=$!
   remember "$D/run/node$1" "$unshare"
   wait_until 10 own_network "$unshare"
   ip link add "veth$1" type veth peer name eth0 netns "$unshare"
   ip link set "veth$1" master br0 up
+}
+
+booted() { # K
+  wait_until 10 test -e "$D/run/node$1.booted"
 }
 
 node() { # K
@@ -304,6 +311,7 @@ node() { # K
     /usr/sbin/sshd -f "$D/ssh/sshd_config" -E "$D/log/sshd.node$1.log"
   fi
   slurmd -D &
+  touch "$D/run/node$1.booted"
   live
 }
 
@@ -338,7 +346,10 @@ cut) on_controller ip link set "veth$1" down ;;
 heal) on_controller ip link set "veth$1" up ;;
 _controller) controller "$@" ;;
 _node) node "$@" ;;
-_boot) boot "$@" ;;
+_boot)
+  boot "$@"
+  booted "$@"
+  ;;
 _power-off) power_off "$@" ;;
 _on | _ps)
   K=$1
