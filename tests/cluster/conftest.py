@@ -35,7 +35,7 @@ def config(folder: Path) -> Path:
         folder,
         model={"hidden_dropout": 0.0, "attention_dropout": 0.0},
         deepspeed={"config": "zero2"},
-        train={"steps": STEPS, "timeout": 15.0},
+        train={"steps": STEPS, "micro_batch": 12, "timeout": 15.0},
         eval={"every": 200},
         checkpoint={"every": 20},
     )
