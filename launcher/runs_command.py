@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,8 +61,10 @@ def status(args: argparse.Namespace, _: list[str]) -> int:
 def outcome(state: str | None, job: JobState | None) -> tuple[str, str]:
     """The state of a run whose own word is `state` (None: it has said nothing yet) and whose job is as SLURM says; and why.
 
-    A job that SLURM ended could not write its last word, so SLURM has it.
+    A job that SLURM ended could not always write its last word, so SLURM has it.
     """
+    if job is not None and job.state == "CANCELLED" and state != "finished":
+        return "cancelled", f"by SLURM: job {job.job} was cancelled"
     if job is None or state in ("finished", "cancelled", "failed"):
         return state or "unknown", ""
     if job.live:
@@ -71,8 +72,6 @@ def outcome(state: str | None, job: JobState | None) -> tuple[str, str]:
         return ("waiting" if waiting else state or "starting"), ""
     if state == "preempted":
         return state, ""
-    if job.state == "CANCELLED":
-        return "cancelled", f"by SLURM: job {job.job} was cancelled"
     return "failed", f"SLURM: job {job.job} {job.state}"
 
 
@@ -134,7 +133,7 @@ def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
 def cancel(args: argparse.Namespace, _: list[str]) -> int:
     """Lets a run write a checkpoint and end, and takes its waiting SLURM jobs from the queue."""
     run = find_run(args.run)
-    waiting = list(_cancel_waiting(run))
+    waiting = _cancel_waiting(run)
     for name in waiting:
         print(f"{run.path}: SLURM job {name} taken from the queue")
     found, job = run.status(), _job(run)
@@ -173,13 +172,15 @@ def cancel(args: argparse.Namespace, _: list[str]) -> int:
         time.sleep(0.2)
 
 
-def _cancel_waiting(run: RunDir) -> Iterator[str]:
-    """Takes the run's pending jobs and array elements from the queue."""
+def _cancel_waiting(run: RunDir) -> list[str]:
+    """Takes the run's pending jobs and array elements from the queue; returns their numbers."""
+    found = []
     for lineage in dict.fromkeys(str(r["lineage"]) for r in jobs.records(run.path) if "lineage" in r):
         state = job_state(lineage)
         if state is None or not state.live:
             continue
         command = ["squeue", "--noheader", "--array", "--states=PENDING", "--format=%i", f"--jobs={lineage}"]
-        for job in subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split():
-            if subprocess.run(["scancel", "--state=PENDING", job], timeout=30).returncode == 0:
-                yield job
+        waiting = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+        if waiting and subprocess.run(["scancel", "--state=PENDING", lineage], timeout=30).returncode == 0:
+            found += waiting
+    return found

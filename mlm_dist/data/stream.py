@@ -7,6 +7,7 @@ lanes c with c mod W == r; its loader worker j owns every n-th of them.
 import math
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,11 +149,18 @@ class DataConfig:
 
 
 def _worker_signals(_worker: int) -> None:
-    # The rank's handlers only set a flag of the rank; a worker must die when it is told to, and leave Ctrl-C to the rank.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals that reach all processes of a job are for the rank, which may need its workers to come to a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 @dataclass

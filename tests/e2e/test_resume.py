@@ -1,5 +1,6 @@
 """Killed and started again, the run is the run that nothing happened to."""
 
+import os
 import random
 import shutil
 import signal
@@ -103,7 +104,8 @@ def test_a_second_start_while_the_first_lives_exits_2(tmp_path: Path) -> None:
         assert second.start().wait() == [2]
         assert "is running already: attempt 1" in second.output()
         first.wait_for_step(run, max(losses(run)) + 2)  # and the first goes on
-        first.ranks[0].send_signal(signal.SIGTERM)
+        # As SLURM does when it preempts or cancels: to all processes, of which loader workers still have work to do.
+        os.killpg(first.ranks[0].pid, signal.SIGTERM)
         assert first.wait() == [75]
     finally:
         first.kill()
