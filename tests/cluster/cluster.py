@@ -119,19 +119,20 @@ class Cluster:
         """Puts it back."""
         self._script("heal", node)
 
-    def processes(self, node: int) -> dict[int, str]:
-        """Command line by process id of all that runs on a node and is not the host's own."""
+    def _processes(self, node: int) -> dict[int, tuple[int, str]]:
         lines = (line.split(maxsplit=3) for line in self._script("ps", node).splitlines())
-        return {int(line[0]): line[3] for line in lines}
+        return {int(pid): (int(parent), args) for pid, parent, _, args in lines}
 
     def leftovers(self) -> dict[int, dict[int, str]]:
-        """`processes` of each node that has any."""
-        return {node: found for node in range(1, self.nodes + 1) if (found := self.processes(node))}
+        """Of each node that has any, command line by process id of all that runs and is not the host's own."""
+        found = {node: self._processes(node) for node in range(1, self.nodes + 1)}
+        return {node: {p: args for p, (_, args) in those.items()} for node, those in found.items() if those}
 
     def ranks(self, node: int) -> list[int]:
-        """Process ids of the training programs on a node."""
-        found = self.processes(node)
-        return [p for p, args in found.items() if "-m mlm_dist.train" in args and not re.match(r"\S*srun ", args)]
+        """Process ids of the training programs on a node, without their loader workers."""
+        found = self._processes(node)
+        programs = {p: parent for p, (parent, args) in found.items() if "-m mlm_dist.train" in args}
+        return [p for p, parent in programs.items() if parent in found and "-m launcher.exec" in found[parent][1]]
 
     # ---- jobs ----
 
