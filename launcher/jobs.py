@@ -76,11 +76,12 @@ class JobState:
 
 def job_state(job: str) -> JobState | None:
     """Asks the controller, then the accounting database, which remembers longer; None when neither knows the job or is here."""
-    # Of an array the elements have lines of their own; one that runs says more than those that wait.
     found = [parse_scontrol(line) for line in _output(["scontrol", "show", "job", "-o", job]).splitlines()]
     states = [state for state in found if state is not None]
     if states:
-        return next((s for s in states if s.state == "RUNNING"), next((s for s in states if s.live), states[-1]))
+        # Of an array all elements are listed: one that runs says more than those that wait, and the others are over.
+        rank = {"RUNNING": 2}
+        return max(states, key=lambda s: (rank.get(s.state, int(s.live)), s.job == job))
     for line in _output(["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,Reason,NodeList"]).splitlines():
         state, reason, nodes = [*line.split("|"), "", ""][:3]
         return JobState(job, state.split()[0], reason, nodes)

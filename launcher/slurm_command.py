@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster-env", type=Path, metavar="FILE", help=f"the site's settings (default {CLUSTER_ENV}, if it is there)"
     )
+    parser.add_argument("--no-check", action="store_true", help="submit without a look at config, data and tokenizer")
     parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, and submit nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
 
@@ -89,6 +90,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.dry_run:
         print(shlex.join(["env", *(f"{k}={v}" for k, v in sorted(changed.items())), *command]))
         return 0
+    # The software of another environment is not here to ask.
+    if changed.get("MLM_PYTHON") == sys.executable and not args.no_check and args.program is None:
+        words = command[command.index(str(SCRIPT)) + 1 :]
+        ranks = args.nodes * _tasks_per_node(args)
+        code = subprocess.run([sys.executable, "-m", "mlm_dist.preflight", str(ranks), *words]).returncode
+        if code:
+            return code
     if not args.test_only:
         try:
             run_dir.logs.mkdir(parents=True, exist_ok=True)  # SLURM opens the log before anything of ours runs
@@ -143,7 +151,7 @@ def plan(args: argparse.Namespace, overrides: list[str], environ: dict[str, str]
         options["test-only"] = ""
     request = Request(
         nodes=args.nodes,
-        tasks_per_node=next(n for n in (args.ntasks_per_node, args.gpus_per_node, 1) if n is not None),
+        tasks_per_node=_tasks_per_node(args),
         gpus_per_node=args.gpus_per_node,
         chain=args.chain,
         signal_s=args.signal_time,
@@ -152,3 +160,7 @@ def plan(args: argparse.Namespace, overrides: list[str], environ: dict[str, str]
     )
     words = ["--config", args.config, *overrides]
     return sbatch_command(request, run_dir.path.absolute(), run_dir.path.name, SCRIPT, words), changed
+
+
+def _tasks_per_node(args: argparse.Namespace) -> int:
+    return next(n for n in (args.ntasks_per_node, args.gpus_per_node, 1) if n is not None)

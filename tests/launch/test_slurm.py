@@ -22,6 +22,7 @@ from launcher.runs_command import outcome
 from launcher.slurm import Request, sbatch_command, sbatch_variables
 from launcher.topology import SlurmJob, expand_nodes, slurm_job, slurm_rank
 from mlm_dist.errors import UserError
+from tests.e2e.program import save_config
 
 ROOT = Path(__file__).parents[2]
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -255,7 +256,8 @@ def test_what_the_dry_run_prints_is_what_is_executed(config: Path, fakes: Path) 
     (config.parent / "slurm").mkdir()
     (config.parent / "slurm/cluster.env").write_text("SBATCH_ACCOUNT='my account'\n")
     env = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "launcher.cli", "slurm", "--config", "job.yaml", "-N", "2", "--modules", "a b"]
+    command = [sys.executable, "-m", "launcher.cli", "slurm", "--config", "job.yaml", "--no-check", "-N", "2"]
+    command += ["--modules", "a b"]
     command += ["--run.name", 'it\'s "x"; $HOME', *HOSTILE]
     shown = subprocess.run([*command, "--dry-run"], env=env, capture_output=True, text=True, check=True).stdout
     assert not calls.exists() and not Path("runs").exists()
@@ -274,6 +276,20 @@ def test_what_the_dry_run_prints_is_what_is_executed(config: Path, fakes: Path) 
     assert jobs.newest_job(run) == "77"
     assert (run / "logs").is_dir()
     assert not Path("boom").exists()
+
+
+def test_a_mistake_is_found_before_the_job_waits(config: Path, fakes: Path) -> None:
+    calls = fake(fakes, "sbatch", "print('77')")
+    tiny = save_config(config.parent)
+    env = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launcher.cli", "slurm", "--config", str(tiny)]
+    refused = subprocess.run([*command, "-N", "13"], env=env, capture_output=True, text=True)
+    assert refused.returncode == 2 and "train.global_batch: 12 rows cannot feed 13 ranks" in refused.stderr
+    refused = subprocess.run([*command, "--data.tokenizer", "nowhere"], env=env, capture_output=True, text=True)
+    assert refused.returncode == 2 and "data.tokenizer" in refused.stderr
+    assert not calls.exists() and not (config.parent / "runs").exists()
+    assert subprocess.run([*command, "-N", "12"], env=env).returncode == 0
+    assert calls.exists()
 
 
 # The batch script -----------------------------------------------------------------------------------------------------
