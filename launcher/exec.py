@@ -100,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     env.pop(LOG_DIR, None)
     command = [sys.executable, "-u", "-m", *argv]
     child = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=_die_with_parent())
+    # SLURM sends TERM to the ranks of a job that it preempts. Of a job that its user cancels too, but there it starts nothing again.
+    meaning = {signal.SIGTERM: signal.SIGUSR1} if under_slurm else {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda received, frame: child.send_signal(received))
+        signal.signal(number, lambda received, frame: child.send_signal(meaning.get(received, received)))
     code = child.wait()
     code = 128 - code if code < 0 else code
     if report_dir is None:
