@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from launcher.command import deepspeed_command, environment
+from launcher import hosts_command
+from launcher.command import deepspeed_command, environment, shell_line
 from launcher.run_dir import ENDED, find_run, resolve
 from launcher.supervise import Supervisor, check_grace, say
 from launcher.topology import local_topology
@@ -28,14 +29,10 @@ def _local(args: argparse.Namespace, overrides: list[str]) -> int:
     )
     env = environment(topology, os.environ)
     if args.dry_run:
-        changed = {k: v for k, v in env.items() if os.environ.get(k) != v}
-        unset = [f"-u {k}" for k in sorted(set(os.environ) - set(env))]
-        print(
-            shlex.join(["env", *" ".join(unset).split(), *(f"{k}={v}" for k, v in sorted(changed.items())), *command])
-        )
+        print(shell_line(command, env, os.environ))
         return 0
-    supervisor = Supervisor(run, topology.ranks, grace=args.grace, show_all_ranks=args.verbose)
-    return supervisor.supervise(command, env)
+    supervisor = Supervisor(run, range(topology.ranks), grace=args.grace, show_all_ranks=args.verbose)
+    return supervisor.supervise(lambda watch: (command, {**env, **watch}, None))
 
 
 def _status(args: argparse.Namespace, _: list[str]) -> int:
@@ -111,6 +108,16 @@ def make_parser() -> argparse.ArgumentParser:
     local.add_argument("--program", default="mlm_dist.train", help=argparse.SUPPRESS)
     local.set_defaults(run_command=_local)
 
+    hosts = commands.add_parser(
+        "hosts",
+        help="train on the hosts of a hostfile, by ssh and pdsh or started on each",
+        description=hosts_command.DESCRIPTION,
+        epilog=hosts_command.EPILOG,
+        allow_abbrev=False,
+    )
+    hosts_command.add_arguments(hosts)
+    hosts.set_defaults(run_command=hosts_command.run)
+
     status = commands.add_parser("status", help="say how far a run is", allow_abbrev=False)
     status.add_argument("run", metavar="RUN", help="run directory, or a name under runs/")
     status.add_argument("--json", action="store_true", help="as JSON")
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `mlm-launch`: returns the exit code."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "local":
+    if rest and args.command not in ("local", "hosts"):
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
     try:
         return int(args.run_command(args, rest))

@@ -52,13 +52,18 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def torch_is_cpu_build() -> bool:
+    """Whether the installed torch can use no GPU."""
+    try:
+        return "+cpu" in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def list_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that the driver shows to this process; none when torch is a CPU build or there is no driver."""
-    try:
-        if "+cpu" in importlib.metadata.version("torch"):
-            return []
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    if torch_is_cpu_build():
+        return []
     if not shutil.which("nvidia-smi"):
         # Device nodes rather than /proc/driver/nvidia/gpus: a container may have been given only some of the latter.
         nodes = (re.fullmatch(r"nvidia(\d+)", p.name) for p in Path("/dev").glob("nvidia*"))
@@ -108,6 +113,12 @@ def visible_gpus(environ: Mapping[str, str], gpus: Callable[[], list[Gpu]] = lis
     return tuple(indices)
 
 
+def threads_per_rank(ranks: int, environ: Mapping[str, str]) -> int:
+    """OMP_NUM_THREADS where that is set, else an equal share of this host's cores for each of its `ranks`."""
+    given = environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else max(1, cpu_count() // ranks)
+
+
 def local_topology(
     requested: int | None, environ: Mapping[str, str], *, master_port: int | None = None
 ) -> LocalTopology:
@@ -125,6 +136,5 @@ def local_topology(
             f"-n {ranks}: only {len(gpus)} GPU(s) here; ask for at most {len(gpus)}, "
             "or set DS_ACCELERATOR=cpu to train on the CPU"
         )
-    given = environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdecimal() and int(given) > 0 else max(1, cpu_count() // ranks)
-    return LocalTopology(ranks, gpus[:ranks], threads, master_port if master_port is not None else free_port())
+    port = master_port if master_port is not None else free_port()
+    return LocalTopology(ranks, gpus[:ranks], threads_per_rank(ranks, environ), port)
