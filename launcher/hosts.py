@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ Slots = dict[str, tuple[int, ...]]  # by host in the order of ranks: its slots, 
 
 # What a program on another host gets beside the environment that ssh gives it: these variables and prefixes.
 PASSED = ("PATH", "LD_LIBRARY_PATH", "DS_ACCELERATOR")
+EARLY = ("LD_LIBRARY_PATH", "DS_ACCELERATOR")
 PASSED_PREFIXES = ("MLM_", "NCCL_", "GLOO_", "UCX_", "TORCH_", "OMP_", "PYTHON", "HF_", "WANDB_")
 # What the deepspeed launcher would write on command lines by itself, in quotes that do not hold `"`, `$` or a backquote.
 _DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
@@ -157,12 +159,17 @@ class Place:
         return [f"--hostfile={self.hostfile}", *self.selection, *meet]
 
 
-def ssh_flags(place: Place, *, verbose: bool) -> list[str]:
-    """The flags of the deepspeed launcher that starts all ranks of `place` by pdsh."""
+def ssh_flags(place: Place, env: Mapping[str, str], *, verbose: bool) -> list[str]:
+    """The flags of the deepspeed launcher that starts all ranks of `place` by pdsh, which get `env`."""
+    # What Python itself needs on a host, before `launcher.exec` sets the rest. pdsh takes % for its own.
+    early = [f"{k}={shlex.quote(env[k]).replace('%', '%%')}" for k in EARLY if k in env]
+    # What follows pdsh's own arguments goes in front of the command; -N: no "host: " before each line of rank 0.
+    pdsh = [*([] if verbose else ["-N"]), *([f"export {' '.join(early)};"] if early else [])]
     # force_multi: else one host, which may be another, is taken for this one. no_ssh_check: of the first host only.
     flags = [*place.flags(), "--launcher=pdsh", "--force_multi", "--no_ssh_check"]
+    if pdsh:
+        flags.append(f"--launcher_args={shlex.join(pdsh)}")
     if not verbose:
-        flags.append("--launcher_args=-N")  # no "host: " before each line of rank 0
         # It keeps its own log level from its part on the hosts. This value it writes as two words for their shells.
         flags.append("--enable_each_rank_log=None --log_level=critical")
     return flags

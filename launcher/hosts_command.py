@@ -131,7 +131,7 @@ def _by_ssh(args: argparse.Namespace, where: RunDir, chosen: hosts.Slots, words:
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # indices are nvidia-smi's
     ours = str(Path(launcher.__file__).parents[1])
     outer = hosts.ssh_environment(base, hosts.python_path(base, cwd, ours), args.ssh_port)
-    flags = hosts.ssh_flags(_rendezvous(args, where, chosen), verbose=args.verbose)
+    flags = hosts.ssh_flags(_rendezvous(args, where, chosen), env, verbose=args.verbose)
 
     def job(watch: Mapping[str, str]) -> tuple[list[str], dict[str, str], str]:
         call = Call(cwd, {**env, **watch}, words)

@@ -132,7 +132,7 @@ class Supervisor:
                     launcher_code = tree.code
                     if self._lease:
                         self._look(self._lease, reports_dir)  # later reports tell of our killing
-                        self._end_elsewhere(self._lease, reports_dir)
+                        self._end_elsewhere(tree, self._lease, reports_dir)
                     tree.kill()
             if self._lease is None:
                 self._reports = {r.rank: r for r in read_reports(reports_dir)}
@@ -166,22 +166,22 @@ class Supervisor:
             return None  # rank 0, which writes it, may end after the ranks here
         return found.state
 
-    def _end_elsewhere(self, lease: Lease, reports_dir: Path) -> None:
+    def _end_elsewhere(self, tree: ProcessTree, lease: Lease, reports_dir: Path) -> None:
         """Ends what runs on other hosts; says which of them did not confirm it."""
         lease.end()
-        deadline = time.monotonic() + SETTLE_S + LINGER_S
-        while True:
-            reported = {r.rank for r in read_reports(reports_dir)}
-            running = [r for r in lease.began if r not in reported]
-            if not running:
-                return
+        deadline = time.monotonic() + LINGER_S
+        while running := lease.began.keys() - {r.rank for r in read_reports(reports_dir)}:
             if time.monotonic() > deadline:
                 where = ", ".join(sorted({lease.began[r][0] for r in running}))
                 say(
-                    f"no word of the end of ranks {running} on {where}; cut off, they end {lease.seconds:g} s after that"
+                    f"no word of the end of ranks {sorted(running)} on {where}: cut off, they end in {lease.seconds:g} s"
                 )
                 return
-            time.sleep(BEAT_S)
+            time.sleep(BEAT_S / 2)
+        # The last of its processes there follow within a second, and ssh with them.
+        deadline = time.monotonic() + SETTLE_S
+        while tree.alive() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
