@@ -94,8 +94,15 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         for program in ("pdsh", "ssh"):
             if shutil.which(program) is None:
                 raise UserError(f"no {program} in PATH: install it, or start the ranks of each host with --no-ssh")
-    lease = None if args.no_ssh else args.lease
-    return Supervisor(where, ranks, grace=args.grace, lease=lease, show_all_ranks=args.verbose).supervise(job)
+    supervisor = Supervisor(
+        where,
+        ranks,
+        grace=args.grace,
+        lease=None if args.no_ssh else args.lease,
+        part=args.no_ssh,
+        show_all_ranks=args.verbose,
+    )
+    return supervisor.supervise(job)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -80,7 +80,10 @@ Job = Callable[[Mapping[str, str]], tuple[Sequence[str], Mapping[str, str], str 
 
 
 class Supervisor:
-    """One job on `ranks` into `run`; with `lease` (seconds) its ranks are on other hosts that share the run's directory.
+    """One job on `ranks` into `run`.
+
+    With `lease` (seconds) the ranks are on other hosts, which share the run's directory; with `part` they are those of
+    this host, and the others have launchers of their own.
 
     The first INT, TERM or HUP writes `run/stop_request` and waits `grace` seconds for the run to checkpoint and end; a
     second one, or the end of the grace time, kills it. USR1 writes the request with `requeue` and kills nothing.
@@ -93,6 +96,7 @@ class Supervisor:
         *,
         grace: float,
         lease: float | None = None,
+        part: bool = False,
         show_all_ranks: bool = False,
     ) -> None:
         self.run = run
@@ -100,6 +104,7 @@ class Supervisor:
         self.grace = grace
         self.show_all_ranks = show_all_ranks
         self._lease_s = lease
+        self._part = part
         self._lease: Lease | None = None
         self._reports: dict[int, Report] = {}  # by rank, the earliest first
         self._holder = run.holder()  # of the run directory before this job began
@@ -310,7 +315,7 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     print(line, file=sys.stderr)
             how = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"exit code {code}"
-            where = f" on {failure.host}" if self._lease else ""
+            where = f" on {failure.host}" if self._lease else " of this host's" if self._part else ""
             say(f"rank {failure.rank}{where} failed first ({how}); the run is down")
         elif failure:
             say(f"rank {failure.rank} ended with code {failure.code} after the run itself had ended well")
