@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import runs_command, slurm_command
-from launcher.command import deepspeed_command, environment
+from launcher import hosts_command, runs_command, slurm_command
+from launcher.command import deepspeed_command, environment, shell_line
 from launcher.run_dir import resolve
 from launcher.supervise import Supervisor, check_grace
 from launcher.topology import local_topology
 from mlm_dist.errors import UserError
 
-WITH_PROGRAM = ("local", "slurm")  # what these do not know goes to the program
+WITH_PROGRAM = ("local", "hosts", "slurm")  # what these do not know goes to the program
 
 
 def _local(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -28,14 +28,10 @@ def _local(args: argparse.Namespace, overrides: list[str]) -> int:
     )
     env = environment(topology, os.environ)
     if args.dry_run:
-        changed = {k: v for k, v in env.items() if os.environ.get(k) != v}
-        unset = [f"-u {k}" for k in sorted(set(os.environ) - set(env))]
-        print(
-            shlex.join(["env", *" ".join(unset).split(), *(f"{k}={v}" for k, v in sorted(changed.items())), *command])
-        )
+        print(shell_line(command, env, os.environ))
         return 0
-    supervisor = Supervisor(run, topology.ranks, grace=args.grace, show_all_ranks=args.verbose)
-    return supervisor.supervise(command, env)
+    supervisor = Supervisor(run, range(topology.ranks), grace=args.grace, show_all_ranks=args.verbose)
+    return supervisor.supervise(lambda watch: (command, {**env, **watch}, None))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,6 +68,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     local.add_argument("--program", default="mlm_dist.train", help=argparse.SUPPRESS)
     local.set_defaults(run_command=_local)
+
+    hosts = commands.add_parser(
+        "hosts",
+        help="train on the hosts of a hostfile, by ssh and pdsh or started on each",
+        description=hosts_command.DESCRIPTION,
+        epilog=hosts_command.EPILOG,
+        allow_abbrev=False,
+    )
+    hosts_command.add_arguments(hosts)
+    hosts.set_defaults(run_command=hosts_command.run)
 
     for name, run_command, add_arguments, text in [
         ("slurm", slurm_command.run, slurm_command.add_arguments, "submit to SLURM"),

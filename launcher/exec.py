@@ -2,10 +2,12 @@
 
     python -m launcher.exec PROGRAM [ARGS...]      # RANK and the like come from the environment
     srun python -m launcher.exec PROGRAM [ARGS...] # or from the SLURM_* variables of the task
+    python -m launcher.exec --packed WORD          # what launcher.command packed for a rank on another host
 
 The deepspeed launcher returns the code of whichever failed rank it looks at first, or 0 when its own child dies of a
 signal. So each rank's end is written into LAUNCHER_REPORT_DIR, where the watcher finds who failed first. With
-LAUNCHER_LOG_DIR the output of every rank but 0 goes there. Without either the program runs just as it is.
+LAUNCHER_LOG_DIR the output of every rank but 0 goes there. With LAUNCHER_LEASE the watcher is on another host, and this
+process ends the program when the lease in LAUNCHER_REPORT_DIR does. Without any of them the program runs just as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,20 +25,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from launcher.command import LOG_DIR, REPORT_DIR
-from launcher.topology import slurm_rank
+from launcher.command import GPUS, LEASE, LOG_DIR, PACKED, REPORT_DIR, Call
+from launcher.lease import BEAT_S, Tie
+from launcher.processes import become_reaper, descendants, kill_descendants
+from launcher.topology import interface_towards, slurm_rank, threads_per_rank
 
 STOPPED = 75  # EX_TEMPFAIL: ended on request, with a checkpoint
 PR_SET_PDEATHSIG = 1
+LINGER_S = 10.0  # for helpers of ranks that have ended, such as an upload; after a failure the tenth of it
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a rank ended: its exit code (128 + n for signal n) and when, by this host's monotonic clock in ns."""
+    """How a rank ended: its exit code (128 + n for signal n) and when, by its host's monotonic clock in ns."""
 
     rank: int
     code: int
     time: int
+    host: str = ""
 
 
 def write_report(directory: Path, report: Report) -> None:
@@ -46,8 +53,12 @@ def write_report(directory: Path, report: Report) -> None:
 
 
 def read_reports(directory: Path) -> list[Report]:
-    """All reports in `directory`, the earliest first."""
-    return sorted((Report(**json.loads(p.read_text())) for p in directory.glob("rank-*.json")), key=lambda r: r.time)
+    """All reports in `directory`, the earliest first: by the clock of their host, or by the file server's stamps when
+    they come from several hosts, whose clocks have nothing in common."""
+    paths = list(directory.glob("rank-*.json"))
+    found = [(p.stat().st_mtime_ns, Report(**json.loads(p.read_text()))) for p in paths]
+    one_host = len({report.host for _, report in found}) <= 1
+    return [r for _, r in sorted(found, key=lambda f: f[1].time if one_host else f[0])]
 
 
 def log_path(directory: Path, rank: int) -> Path:
@@ -71,7 +82,7 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 
 def _open_log(rank: int) -> IO[bytes] | None:
-    directory = os.environ.pop(LOG_DIR, None)
+    directory = os.environ.get(LOG_DIR)
     if directory is None or rank == 0:
         return None
     try:
@@ -81,36 +92,98 @@ def _open_log(rank: int) -> IO[bytes] | None:
         return None  # the program itself will say, once, that the run directory cannot be written
 
 
+def _environment() -> dict[str, str]:
+    """The program's: this process's without what is meant for the launcher alone, and with its GPUs or none."""
+    env = {k: v for k, v in os.environ.items() if k not in (REPORT_DIR, LOG_DIR, LEASE, GPUS)}
+    if env.get("DS_ACCELERATOR") == "cpu":
+        # The deepspeed launcher numbers CPU ranks in it, which would show GPUs meant to stay hidden.
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    elif GPUS in os.environ:
+        gpus = os.environ[GPUS].split(",")
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[int(slot)] for slot in env["CUDA_VISIBLE_DEVICES"].split(","))
+    return env
+
+
+def _unpack(word: str) -> list[str]:
+    """Takes over directory and environment of the call packed in `word`; its words."""
+    call = Call.unpack(word)
+    os.environ.update(call.env)
+    os.chdir(call.cwd)
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(int(os.environ.get("LOCAL_SIZE", "1")), {}))
+    return list(call.words)
+
+
+def _wait(child: subprocess.Popen[bytes], tie: Tie | None) -> int:
+    """The program's exit code, 128 + n for signal n; kills it when `tie` no longer holds."""
+    if tie is None:
+        code = child.wait()
+    else:
+        tie.begin(child.pid)
+        while True:
+            try:
+                code = child.wait(BEAT_S)
+                break
+            except subprocess.TimeoutExpired:
+                if not tie.holds():
+                    child.kill()
+    return 128 - code if code < 0 else code
+
+
+def _end_helpers(tie: Tie, seconds: float) -> None:
+    """Lets what the program left running, such as an upload, go on for `seconds`, then kills it."""
+    deadline = time.monotonic() + seconds
+    while descendants() and tie.holds() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kill_descendants()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its code, but 0 for a reported stop: no launcher shall tear down the other ranks."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         print("usage: python -m launcher.exec PROGRAM [ARGS...]", file=sys.stderr)
         return 2
+    host = socket.gethostname()
+    try:
+        words = _unpack(argv[1]) if argv[0] == PACKED else argv
+    except OSError as e:
+        print(f"{host}: {e.strerror}: {e.filename}: the hosts must share this directory", file=sys.stderr)
+        return 2
     under_slurm = slurm_rank(os.environ)
     os.environ.update(under_slurm)
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Left alone, gloo takes the address that the host's own name stands for, which on many systems is 127.0.1.1.
+        interface = interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        os.environ.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
     rank = int(os.environ.get("RANK", "0"))
-    report_dir = os.environ.pop(REPORT_DIR, None)
-    env = dict(os.environ)
-    if env.get("DS_ACCELERATOR") == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = (
-            ""  # the deepspeed launcher numbers CPU ranks in it, which would show GPUs meant to stay hidden
-        )
+    report_dir = os.environ.get(REPORT_DIR)
+    tie = None
+    if report_dir and LEASE in os.environ:
+        become_reaper()  # no watcher is here to find what the program leaves behind
+        tie = Tie(Path(report_dir), rank, float(os.environ[LEASE]))
+    env = _environment()
     log = _open_log(rank)
-    env.pop(LOG_DIR, None)
-    command = [sys.executable, "-u", "-m", *argv]
-    child = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=_die_with_parent())
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", *words], env=env, stdout=log, stderr=log, preexec_fn=_die_with_parent()
+    )
     # SLURM sends TERM to the ranks of a job that it preempts. Of a job that its user cancels too, but there it starts nothing again.
     meaning = {signal.SIGTERM: signal.SIGUSR1} if under_slurm else {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: child.send_signal(meaning.get(received, received)))
-    code = child.wait()
-    code = 128 - code if code < 0 else code
+    try:
+        code = _wait(child, tie)
+    except OSError as e:
+        child.kill()
+        print(f"{host}: {e.strerror}: {report_dir}: the hosts must share the run's directory", file=sys.stderr)
+        return 2
+    if tie:
+        _end_helpers(tie, LINGER_S if code in (0, STOPPED) else LINGER_S / 10)
     if report_dir is None:
         # The first rank to end would have srun kill the others; how the run ended is in its status.
         return 0 if under_slurm and code == STOPPED else code
     try:
-        write_report(Path(report_dir), Report(rank, code, time.monotonic_ns()))
+        write_report(Path(report_dir), Report(rank, code, time.monotonic_ns(), host))
     except OSError:
         return code
     return 0 if code == STOPPED else code

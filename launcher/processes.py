@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,6 +15,45 @@ from pathlib import Path
 PR_SET_CHILD_SUBREAPER = 36
 
 
+def become_reaper() -> bool:
+    """From now on this process is the parent of every descendant that loses its own. False where there is no such thing
+    (not Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    return True
+
+
+def descendants() -> list[int]:
+    """The living processes that this one started, and those that these started (Linux; elsewhere none)."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "pid (name) state ppid ...", where the name may hold anything.
+            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue
+        if state != b"Z":
+            children.setdefault(int(parent), []).append(int(path.parent.name))
+    found: list[int] = []
+    waiting = [os.getpid()]
+    while waiting:
+        mine = children.get(waiting.pop(), [])
+        found += mine
+        waiting += mine
+    return found
+
+
+def kill_descendants(timeout: float = 10.0) -> None:
+    """SIGKILLs them until none is left, or for `timeout` seconds (a process stuck in the kernel)."""
+    deadline = time.monotonic() + timeout
+    while (pids := descendants()) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
 class ProcessTree:
     """A command in a session of its own, with all that it starts.
 
@@ -22,12 +62,10 @@ class ProcessTree:
     One at a time, in a process that has no other children.
     """
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self._linux = sys.platform.startswith("linux")
-        if self._linux:
-            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], cwd: str | None = None) -> None:
+        self._linux = become_reaper()
         # In its own session a Ctrl-C at the terminal reaches this process alone.
-        self._top = subprocess.Popen(list(command), env=dict(env), start_new_session=True)
+        self._top = subprocess.Popen(list(command), env=dict(env), cwd=cwd, start_new_session=True)
         self.code: int | None = None  # of the command itself: its exit code, or -n for signal n
 
     def reap(self) -> None:
@@ -45,23 +83,19 @@ class ProcessTree:
     def alive(self) -> bool:
         """Whether the command or anything it started still runs."""
         self.reap()
-        return self.code is None or (bool(self._descendants()) if self._linux else self._signal_group(0))
+        return self.code is None or (bool(descendants()) if self._linux else self._signal_group(0))
 
     def holds(self, pid: int) -> bool:
         """Whether `pid` is the command or was started by it (Linux; elsewhere always true)."""
-        return not self._linux or pid in self._descendants()
+        return not self._linux or pid in descendants()
 
     def kill(self, timeout: float = 10.0) -> None:
         """SIGKILLs all of it; returns when it is gone, or after `timeout` seconds (a process stuck in the kernel)."""
+        if self._linux:
+            kill_descendants(timeout)
         deadline = time.monotonic() + timeout
-        while self.alive() and time.monotonic() < deadline:
-            if not self._linux:
-                self._signal_group(signal.SIGKILL)
-            for pid in self._descendants():
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        while self.alive() and not self._linux and time.monotonic() < deadline:
+            self._signal_group(signal.SIGKILL)
             time.sleep(0.02)
 
     def _signal_group(self, number: int) -> bool:
@@ -70,21 +104,3 @@ class ProcessTree:
         except (ProcessLookupError, PermissionError):
             return False
         return True
-
-    def _descendants(self) -> list[int]:
-        children: dict[int, list[int]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                # "pid (name) state ppid ...", where the name may hold anything.
-                state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
-            except (OSError, ValueError):
-                continue
-            if state != b"Z":
-                children.setdefault(int(parent), []).append(int(path.parent.name))
-        found: list[int] = []
-        waiting = [os.getpid()]
-        while waiting:
-            mine = children.get(waiting.pop(), [])
-            found += mine
-            waiting += mine
-        return found

@@ -78,11 +78,12 @@ class RunDir:
                 continue
         return max(times, default=None)
 
-    def holder(self) -> int | None:
-        """The process that `lock` says holds the run; None when there is no lock."""
+    def holder(self) -> tuple[str, int] | None:
+        """Host and process that `lock` says hold the run; None when there is no lock."""
         try:
-            return int(json.loads((self.path / "lock").read_text())["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
+            found = json.loads((self.path / "lock").read_text())
+            return str(found.get("host", "")), int(found["pid"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:

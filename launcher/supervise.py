@@ -1,4 +1,4 @@
-"""Runs a job on this machine to its end: passes on requests to stop, tells how it ended, leaves nothing running."""
+"""Runs a job to its end: passes on requests to stop, tells how it ended, leaves nothing running, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launcher.command import LOG_DIR, REPORT_DIR
-from launcher.exec import STOPPED, Report, log_path, read_reports
+from launcher.command import LEASE, LOG_DIR, REPORT_DIR
+from launcher.exec import LINGER_S, STOPPED, Report, log_path, read_reports
+from launcher.lease import BEAT_S, Lease
 from launcher.processes import ProcessTree
-from launcher.run_dir import RunDir
+from launcher.run_dir import ENDED, RunDir
 from mlm_dist.errors import UserError
 
 POLL_S = 0.1
-LINGER_S = 10.0  # for helpers of ranks that have all ended, such as an upload; after a failure the tenth of it
+SETTLE_S = 5.0  # in which the reports of other hosts become visible here, and in which their ranks end when told to
 TAIL_LINES = 200
 
 
@@ -73,48 +75,77 @@ def say(message: str) -> None:
         print(f"mlm-launch: {message}", file=sys.stderr, flush=True)
 
 
+# From what the ranks are told of their watcher (environment variables) to the command, its environment and directory.
+Job = Callable[[Mapping[str, str]], tuple[Sequence[str], Mapping[str, str], str | None]]
+
+
 class Supervisor:
-    """One job: `command` with `env` on `ranks` ranks into `run`.
+    """One job on `ranks` into `run`.
+
+    With `lease` (seconds) the ranks are on other hosts, which share the run's directory; with `part` they are those of
+    this host, and the others have launchers of their own.
 
     The first INT, TERM or HUP writes `run/stop_request` and waits `grace` seconds for the run to checkpoint and end; a
     second one, or the end of the grace time, kills it. USR1 writes the request with `requeue` and kills nothing.
     """
 
-    def __init__(self, run: RunDir, ranks: int, *, grace: float, show_all_ranks: bool = False) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        ranks: Sequence[int],
+        *,
+        grace: float,
+        lease: float | None = None,
+        part: bool = False,
+        show_all_ranks: bool = False,
+    ) -> None:
         self.run = run
         self.ranks = ranks
         self.grace = grace
         self.show_all_ranks = show_all_ranks
+        self._lease_s = lease
+        self._part = part
+        self._lease: Lease | None = None
+        self._reports: dict[int, Report] = {}  # by rank, the earliest first
+        self._holder = run.holder()  # of the run directory before this job began
         self._signals: list[int] = []
         self._requeue = False
         self._reason: str | None = None  # of the stop asked for, if one was
         self._requested = False  # whether the request lies in the run directory
         self._killed_by: int | None = None
 
-    def supervise(self, command: Sequence[str], env: Mapping[str, str]) -> int:
-        """Runs `command` and returns the exit code for the user's shell."""
+    def supervise(self, job: Job) -> int:
+        """Runs `job` and returns the exit code for the user's shell."""
         before = self.run.status_stamp()
-        logs = [log_path(self.run.logs, r) for r in range(self.ranks)]
-        starts = [_size(p) for p in logs]
-        absent = [p for p in (*logs, self.run.logs, self.run.path) if not p.exists()]
-        reports_dir = Path(tempfile.mkdtemp(prefix="mlm-launch-"))
-        env = {**env, REPORT_DIR: str(reports_dir)}
+        logs = {r: log_path(self.run.logs, r) for r in self.ranks}
+        starts = {r: _size(p) for r, p in logs.items()}
+        absent = [p for p in (*logs.values(), self.run.logs, self.run.path) if not p.exists()]
+        reports_dir = self._make_reports_dir()
+        watch = {REPORT_DIR: str(reports_dir)}
+        if self._lease_s is not None:
+            self._lease = Lease(reports_dir, self.ranks, self._lease_s)
+            self._lease.renew()
+            watch[LEASE] = str(self._lease_s)
         if not self.show_all_ranks:
-            env[LOG_DIR] = str(self.run.logs.absolute())
+            watch[LOG_DIR] = str(self.run.logs.absolute())
         try:
             with self._catch_signals():
-                tree = ProcessTree(command, env)
+                tree = ProcessTree(*job(watch))
                 try:
                     self._watch(tree, reports_dir)
                 finally:
+                    launcher_code = tree.code
+                    if self._lease:
+                        self._look(self._lease, reports_dir)  # later reports tell of our killing
+                        self._end_elsewhere(tree, self._lease, reports_dir)
                     tree.kill()
-            reports = read_reports(reports_dir)
+            if self._lease is None:
+                self._reports = {r.rank: r for r in read_reports(reports_dir)}
         finally:
             shutil.rmtree(reports_dir, ignore_errors=True)
             if self._requested:
                 self.run.stop_request.unlink(missing_ok=True)  # else the next start would stop at once
-        state = self.run.status() if self.run.status_stamp() != before else None
-        end = Ending(reports, self.ranks, tree.code, state.state if state else None, self._killed_by)
+        end = Ending(list(self._reports.values()), len(self.ranks), launcher_code, self._state(before), self._killed_by)
         code = exit_code(end)
         output = {
             r.rank: _tail(logs[r.rank], starts[r.rank]) for r in end.reports if r.rank and r.code not in (0, STOPPED)
@@ -122,6 +153,40 @@ class Supervisor:
         self._tell(end, code, output)
         _tidy(absent, refused=code == 2)
         return code
+
+    def _make_reports_dir(self) -> Path:
+        if self._lease_s is None:
+            return Path(tempfile.mkdtemp(prefix="mlm-launch-"))
+        path = self.run.logs.absolute() / f"launch-{socket.gethostname()}-{os.getpid()}"
+        try:
+            path.mkdir(parents=True)
+        except OSError as e:
+            raise UserError(f"{self.run.path}: cannot make the run's directory ({e})") from None
+        return path
+
+    def _state(self, before: tuple[int, int, int] | None) -> str | None:
+        """What this attempt wrote into `status.json`."""
+        found = self.run.status() if self.run.status_stamp() != before else None
+        if found is None or (0 not in self.ranks and found.state not in ENDED):
+            return None  # rank 0, which writes it, may end after the ranks here
+        return found.state
+
+    def _end_elsewhere(self, tree: ProcessTree, lease: Lease, reports_dir: Path) -> None:
+        """Ends what runs on other hosts; says which of them did not confirm it."""
+        lease.end()
+        deadline = time.monotonic() + LINGER_S
+        while running := lease.began.keys() - {r.rank for r in read_reports(reports_dir)}:
+            if time.monotonic() > deadline:
+                where = ", ".join(sorted({lease.began[r][0] for r in running}))
+                say(
+                    f"no word of the end of ranks {sorted(running)} on {where}: cut off, they end in {lease.seconds:g} s"
+                )
+                return
+            time.sleep(BEAT_S / 2)
+        # The last of its processes there follow within a second, and ssh with them.
+        deadline = time.monotonic() + SETTLE_S
+        while tree.alive() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
@@ -143,11 +208,19 @@ class Supervisor:
     def _watch(self, tree: ProcessTree, reports_dir: Path) -> None:
         """Returns when all has ended by itself or when what is left is to be killed."""
         stop_deadline = linger_deadline = None
+        settled = look = 0.0
         while True:
             tree.reap()
-            if tree.code is not None and not tree.alive():
-                return
             now = time.monotonic()
+            if self._lease and now >= look:
+                self._look(self._lease, reports_dir)
+                look = now + BEAT_S
+                if self._vanished(self._lease):
+                    return
+            if tree.code is None:
+                settled = now + (SETTLE_S if self._lease else 0.0)
+            elif not tree.alive() and not self._live_elsewhere():
+                return
             if (self._signals or self._requeue) and self._reason is None:
                 name = "SIGUSR1" if self._requeue else signal.Signals(self._signals[0]).name
                 stop_deadline = self._ask_to_stop(tree, f"mlm-launch received {name}", "once more to kill it")
@@ -159,17 +232,51 @@ class Supervisor:
                 say(f"not ended {self.grace:g} s after it was asked to: killing it")
                 self._killed_by = self._signals[0] if self._signals else signal.SIGKILL
                 return
-            if tree.code is not None and linger_deadline is None:
-                over = tree.code > 0 or len(list(reports_dir.glob("rank-*.json"))) == self.ranks
-                if over:
-                    linger_deadline = now + (LINGER_S / 10 if tree.code else LINGER_S)
-                elif self._reason is None:
+            if linger_deadline is None:
+                if self._over(tree, reports_dir):
+                    linger_deadline = now + (LINGER_S / 10 if tree.code or self._failed() else LINGER_S)
+                elif tree.code is not None and now >= settled and self._reason is None:
                     # The ranks do not notice that the launcher above them is gone.
                     stop_deadline = self._ask_to_stop(tree, "the deepspeed launcher died", "the ranks live on for now")
             if linger_deadline is not None and now > linger_deadline:
                 return
             self._keep_request(tree)
             time.sleep(POLL_S)
+
+    def _look(self, lease: Lease, reports_dir: Path) -> None:
+        """Renews the lease and notes what the ranks on other hosts have written."""
+        lease.renew()
+        # Those that came since the last look are put in order by `read_reports`; what was seen earlier was earlier.
+        for report in read_reports(reports_dir):
+            self._reports.setdefault(report.rank, report)
+
+    def _failed(self) -> bool:
+        return any(r.code not in (0, STOPPED) for r in self._reports.values())
+
+    def _live_elsewhere(self) -> bool:
+        """Whether all ranks had begun on other hosts and some still run, though the command that started them is gone."""
+        lease = self._lease
+        return lease is not None and len(lease.began) == len(self.ranks) > len(self._reports) and not self._failed()
+
+    def _over(self, tree: ProcessTree, reports_dir: Path) -> bool:
+        """Whether the ranks have ended or are about to."""
+        if self._lease:
+            never = tree.code is not None and len(self._lease.began) < len(self.ranks)
+            return never or self._failed() or len(self._reports) == len(self.ranks)
+        reported = len(list(reports_dir.glob("rank-*.json")))
+        return tree.code is not None and (tree.code > 0 or reported == len(self.ranks))
+
+    def _vanished(self, lease: Lease) -> bool:
+        """Whether ranks on other hosts are gone without a word; says so."""
+        ranks = [r for r in lease.silent() if r not in self._reports]
+        for rank in ranks:
+            if rank in lease.began:
+                say(
+                    f"no sign of life from rank {rank} on {lease.began[rank][0]} for {lease.seconds:g} s: ending the run"
+                )
+            else:
+                say(f"rank {rank} has not begun {lease.seconds:g} s after the first: ending the run")
+        return bool(ranks)
 
     def _ask_to_stop(self, tree: ProcessTree, reason: str, hint: str) -> float:
         self._reason = reason
@@ -182,12 +289,15 @@ class Supervisor:
         if self._reason is None or self.run.stop_request.exists():
             return
         holder = self.run.holder()
-        if holder is None or tree.holds(
-            holder
-        ):  # else the directory is another start's, and ours is about to be refused
+        if holder is None or self._is_ours(tree, *holder):  # else another start's, and ours is about to be refused
             with contextlib.suppress(OSError):
                 self.run.request_stop(self._reason, requeue=self._requeue)
                 self._requested = True
+
+    def _is_ours(self, tree: ProcessTree, host: str, pid: int) -> bool:
+        if self._lease:
+            return self._lease.began.get(0) == (host, pid)
+        return tree.holds(pid) if 0 in self.ranks else (host, pid) != self._holder  # taken when all ranks had begun
 
     def _tell(self, end: Ending, code: int, output: Mapping[int, Sequence[str]]) -> None:
         """Says how it ended; `output` is what failed ranks other than 0 wrote, which the user has not seen."""
@@ -205,7 +315,8 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     print(line, file=sys.stderr)
             how = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"exit code {code}"
-            say(f"rank {failure.rank} failed first ({how}); the run is down")
+            where = f" on {failure.host}" if self._lease else " of this host's" if self._part else ""
+            say(f"rank {failure.rank}{where} failed first ({how}); the run is down")
         elif failure:
             say(f"rank {failure.rank} ended with code {failure.code} after the run itself had ended well")
         elif code:

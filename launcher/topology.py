@@ -58,13 +58,18 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def torch_is_cpu_build() -> bool:
+    """Whether the installed torch can use no GPU."""
+    try:
+        return "+cpu" in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def list_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that the driver shows to this process; none when torch is a CPU build or there is no driver."""
-    try:
-        if "+cpu" in importlib.metadata.version("torch"):
-            return []
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    if torch_is_cpu_build():
+        return []
     if not shutil.which("nvidia-smi"):
         # Device nodes rather than /proc/driver/nvidia/gpus: a container may have been given only some of the latter.
         nodes = (re.fullmatch(r"nvidia(\d+)", p.name) for p in Path("/dev").glob("nvidia*"))
@@ -114,6 +119,12 @@ def visible_gpus(environ: Mapping[str, str], gpus: Callable[[], list[Gpu]] = lis
     return tuple(indices)
 
 
+def threads_per_rank(ranks: int, environ: Mapping[str, str]) -> int:
+    """OMP_NUM_THREADS where that is set, else an equal share of this host's cores for each of its `ranks`."""
+    given = environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else max(1, cpu_count() // ranks)
+
+
 def local_topology(
     requested: int | None, environ: Mapping[str, str], *, master_port: int | None = None
 ) -> LocalTopology:
@@ -131,9 +142,8 @@ def local_topology(
             f"-n {ranks}: only {len(gpus)} GPU(s) here; ask for at most {len(gpus)}, "
             "or set DS_ACCELERATOR=cpu to train on the CPU"
         )
-    given = environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdecimal() and int(given) > 0 else max(1, cpu_count() // ranks)
-    return LocalTopology(ranks, gpus[:ranks], threads, master_port if master_port is not None else free_port())
+    port = master_port if master_port is not None else free_port()
+    return LocalTopology(ranks, gpus[:ranks], threads_per_rank(ranks, environ), port)
 
 
 # SLURM ---------------------------------------------------------------------------------------------------------------
@@ -230,7 +240,7 @@ def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
     share = int(environ.get("SLURM_CPUS_ON_NODE") or cpu_count()) // here
     threads = int(environ.get("SLURM_CPUS_PER_TASK") or share)
     number = int(environ.get("SLURM_JOB_ID") or 0) + 37 * int(environ.get("SLURM_STEP_ID") or 0)
-    found = {
+    return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"],
         "LOCAL_RANK": "0" if bound else environ["SLURM_LOCALID"],
@@ -238,16 +248,10 @@ def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": environ.get("MASTER_PORT") or str(20000 + number % 10000),
         "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, min(threads, cpu_count()))),
     }
-    if len(nodes) > 1 and "GLOO_SOCKET_IFNAME" not in environ and (name := interface_towards(nodes[0])):
-        found["GLOO_SOCKET_IFNAME"] = name
-    return found
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface of this host that packets to `host` leave by; None when that is the loopback or cannot be told.
-
-    Left alone, gloo takes the address that the host's own name stands for, which on many systems is 127.0.1.1.
-    """
+    """The network interface of this host that packets to `host` leave by; None when that is the loopback or cannot be told."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing

@@ -104,6 +104,7 @@ def _prepare_deepspeed(timeout_s: float) -> None:
     import deepspeed
     from deepspeed import comm
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls collectives by names that torch is giving up; nothing that a user could act on.
@@ -113,6 +114,8 @@ def _prepare_deepspeed(timeout_s: float) -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
     assert comm.is_initialized()
+    # ZeRO reduces over a copy of the world's group, which DeepSpeed would make with torch's default timeout.
+    groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=timeout_s))
 
 
 class PendingSum:

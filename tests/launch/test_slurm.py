@@ -65,7 +65,6 @@ def task(rank: int, **more: str) -> dict[str, str]:
         "SLURM_NODEID": str(rank // 2),
         "SLURM_LOCALID": str(rank % 2),
         "SLURM_CPUS_ON_NODE": "6",
-        "GLOO_SOCKET_IFNAME": "ib0",
         **more,
     }
 
