@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from mlm_dist import checkpoint
 from mlm_dist.plan_job import Model
 
 Kind = Literal["all-reduce", "reduce-scatter", "all-gather"]
@@ -29,6 +28,10 @@ TENSORS = 3
 _OTHER_FILES = 4
 # gloo meshes of a run: the default group's, the control group's, DeepSpeed's copy of the default one.
 GLOO_GROUPS = 3
+# Bytes of shards that the doctor reads on a node at most.
+DOCTOR_BYTES = 256 << 20
+# Bytes/s that one core hashes (measured: 1.4 GB/s).
+SHA256 = 1.4e9
 # Assumed: one small message between two nodes over TCP, in seconds.
 HOP_S = 20e-6
 
@@ -148,7 +151,9 @@ def collectives(
     gathered, exact = _gathered(model, zero, ranks, micro_batches, checkpoint_activations)
     return [
         Collective("reduce-scatter", padded * micro_batches, 4, f"gradients {each}"),
-        Collective("all-gather", gathered, weight, f"weights {each}" if exact else "weights anew for backward", exact),
+        Collective(
+            "all-gather", gathered, weight, f"weights {each}" if exact else f"weights for each use, {each},", exact
+        ),
     ]
 
 
@@ -208,25 +213,27 @@ class CheckpointCost:
         tensors, files: how many.
         nbytes: of all tensors.
         largest: bytes of the largest part, which one rank writes.
-        opened: part files that all ranks together open to restore it: each reads every tensor.
+        holding: parts that hold tensors. To restore it each rank reads every tensor, so it opens all of these.
     """
 
     tensors: int
     files: int
     nbytes: int
     largest: int
-    opened: int
+    holding: int
 
 
 def checkpoint_cost(model: Model, ranks: int) -> CheckpointCost:
     """What a checkpoint of W ranks is, by the program's own dealing of tensors to ranks."""
+    from mlm_dist.checkpoint import assign  # imports torch
+
     sizes = [n for n in (*model.decayed, *model.others) for _ in range(TENSORS)]
     numels = {str(i): n for i, n in enumerate(sizes)}
     loads = [0] * ranks
-    for key, rank in checkpoint.assign(numels, ranks).items():
+    for key, rank in assign(numels, ranks).items():
         loads[rank] += 4 * numels[key]
     holding = sum(load > 0 for load in loads)
-    return CheckpointCost(len(sizes), ranks + _OTHER_FILES, sum(loads), max(loads), ranks * holding)
+    return CheckpointCost(len(sizes), ranks + _OTHER_FILES, sum(loads), max(loads), holding)
 
 
 class Cost(NamedTuple):
@@ -235,8 +242,8 @@ class Cost(NamedTuple):
     Attributes:
         what: in words.
         value: what it is at this size.
-        unit: of `value`.
-        grows: `constant`, `linear` or `quadratic` in nodes, all nodes together.
+        unit: of `value`: `B`, `s`, or none for a count.
+        grows: `constant`, `linear`, `quadratic` or `cubic` in nodes, all nodes together.
     """
 
     what: str
@@ -247,25 +254,53 @@ class Cost(NamedTuple):
 
 def costs(model: Model, cluster: Cluster, lanes: int) -> Iterator[Cost]:
     """What start, resume, checkpoints and decisions cost, beside a step's traffic."""
-    ranks, saved = cluster.ranks, checkpoint_cost(model, cluster.ranks)
-    storage = cluster.storage
-    yield Cost("step: hops of the control reduction, one after the other", 2 * (ranks - 1), "hops", "linear")
+    ranks, saved, storage = cluster.ranks, checkpoint_cost(model, cluster.ranks), cluster.storage
+    yield Cost("step: hops of the control reduction, one after the other (gloo's ring)", 2 * (ranks - 1), "", "linear")
     yield Cost("step: those at 20 us each", 2 * (ranks - 1) * HOP_S, "s", "linear")
-    yield Cost("checkpoint: files", saved.files, "files", "linear")
+    yield Cost("checkpoint: files", saved.files, "", "linear")
     yield Cost("checkpoint: bytes", saved.nbytes, "B", "constant")
-    yield Cost("checkpoint: to write them, while steps go on", saved.nbytes / storage, "s", "constant")
     yield Cost("checkpoint: largest part, one rank's", saved.largest, "B", "constant")
-    yield Cost("checkpoint: sent by each rank to gather it (ZeRO 1 and 2)", _gather_all(model, ranks), "B", "constant")
+    yield Cost(
+        "checkpoint: sent by each rank to gather it (ZeRO 1 and 2; half at 3, none at 0)",
+        _saving(model, ranks),
+        "B",
+        "constant",
+    )
+    yield Cost("checkpoint: to write it, while steps go on", saved.nbytes / storage, "s", "constant")
     yield Cost("checkpoint: cursors that rank 0 gathers", ranks * 24 * lanes, "B", "linear")
-    yield Cost("start: sockets of a rank, once gloo has a full mesh", GLOO_GROUPS * (ranks - 1), "sockets", "linear")
-    yield Cost("start: connections of all ranks", GLOO_GROUPS * math.comb(ranks, 2), "connections", "quadratic")
-    yield Cost("resume: read by rank 0 to check every byte", saved.nbytes / storage, "s", "constant")
-    yield Cost("resume: read by all ranks", ranks * saved.nbytes, "B", "linear")
-    yield Cost("resume: to read it once a node", cluster.nodes * saved.nbytes / storage, "s", "linear")
-    # Quadratic while there are tensors for more ranks.
-    grows = "linear" if ranks > saved.tensors else "quadratic"
-    yield Cost("resume: part files opened by all ranks", saved.opened, "opens", grows)
+    yield Cost(
+        "doctor: clocks that rank 0 compares, one node after the other, at 20 us a hop",
+        16 * (cluster.nodes - 1) * HOP_S,
+        "s",
+        "linear",
+    )
+    yield Cost(
+        "doctor: shards read by all nodes, 256 MiB each, at most", cluster.nodes * DOCTOR_BYTES / storage, "s", "linear"
+    )
+    yield Cost("start: open sockets of a rank, in three groups of gloo", GLOO_GROUPS * (ranks - 1), "", "linear")
+    yield Cost("start: connections of all ranks", GLOO_GROUPS * math.comb(ranks, 2), "", "quadratic")
+    yield Cost(
+        "start: addresses and handshakes of these groups, mostly from rank 0",
+        GLOO_GROUPS * _rendezvous(ranks),
+        "B",
+        "cubic",
+    )
+    yield Cost("resume: to read it on rank 0, every byte checked", saved.nbytes / min(storage, SHA256), "s", "constant")
+    yield Cost("resume: asked for by all ranks, as each reads all", ranks * saved.nbytes, "B", "linear")
+    yield Cost(
+        "resume: to read it once a node, the others from its page cache",
+        cluster.nodes * saved.nbytes / storage,
+        "s",
+        "linear",
+    )
+    grows = "linear" if saved.holding < ranks else "quadratic"
+    yield Cost("resume: part files opened by all ranks", ranks * saved.holding, "", grows)
 
 
-def _gather_all(model: Model, ranks: int) -> float:
+def _rendezvous(ranks: int) -> float:
+    """Bytes that the making of one gloo group moves, as measured for 4 to 96 ranks: each reads each other's address, which holds one for every rank."""
+    return 762.0 * ranks**2 + 7.88 * ranks**3
+
+
+def _saving(model: Model, ranks: int) -> float:
     return Collective("all-reduce", TENSORS * model.parameters, 4, "").sent(ranks)
