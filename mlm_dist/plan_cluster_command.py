@@ -160,7 +160,7 @@ def _template(
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print it in plain lines of at most 160 characters."""
+    """Print it in plain lines, which do not depend on the terminal."""
     cluster, step = found["cluster"], found["step"]
     print(
         f"{cluster['nodes']} nodes x {cluster['gpus']} GPUs = {cluster['ranks']} ranks; each way {_size(cluster['interconnect'])}/s between nodes, "
