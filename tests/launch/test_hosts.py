@@ -286,11 +286,11 @@ def rank_under_lease(folder: Path, seconds: float) -> tuple[subprocess.Popen[byt
 @pytest.mark.parametrize("said", [True, False])
 def test_rank_ends_with_its_lease(tmp_path: Path, said: bool) -> None:
     """It ends when told, or when nobody renews it; and not as long as somebody does."""
-    lease = Lease(tmp_path, [0], 3.0)
+    lease = Lease(tmp_path, [0], 2.0)
     lease.renew()
-    rank, pids = rank_under_lease(tmp_path, 3.0)
+    rank, pids = rank_under_lease(tmp_path, 2.0)
     try:
-        until = time.monotonic() + 5
+        until = time.monotonic() + 3
         while time.monotonic() < until:
             lease.renew()
             time.sleep(0.2)
@@ -305,6 +305,21 @@ def test_rank_ends_with_its_lease(tmp_path: Path, said: bool) -> None:
         rank.kill()
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_rank_that_prints_goes_on_when_ssh_is_gone(tmp_path: Path) -> None:
+    text = "import sys\nfor _ in range(3000): print('x' * 100, flush=True)\nopen('done', 'w').close()\nsys.exit(75)"
+    (tmp_path / "talker.py").write_text(text)
+    Lease(tmp_path, [0], 60.0).renew()
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{HERE.parents[1]}", REPORT_DIR: str(tmp_path), LEASE: "60"}
+    command = [sys.executable, "-m", "launcher.exec", "talker"]
+    rank = subprocess.Popen(command, env={**env, "RANK": "0"}, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    assert rank.stdout.read(1000) == (b"x" * 100 + b"\n") * 9 + b"x" * 91
+    rank.stdout.close()
+    assert rank.wait(timeout=60) == 0
+    assert [r.code for r in read_reports(tmp_path)] == [75]
+    assert (tmp_path / "done").exists()
 
 
 def test_silent_ranks_are_those_that_vanished_or_never_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
