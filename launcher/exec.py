@@ -12,6 +12,7 @@ process ends the program when the lease in LAUNCHER_REPORT_DIR does. Without any
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -55,8 +57,10 @@ def write_report(directory: Path, report: Report) -> None:
 def read_reports(directory: Path) -> list[Report]:
     """All reports in `directory`, the earliest first: by the clock of their host, or by the file server's stamps when
     they come from several hosts, whose clocks have nothing in common."""
-    paths = list(directory.glob("rank-*.json"))
-    found = [(p.stat().st_mtime_ns, Report(**json.loads(p.read_text()))) for p in paths]
+    found = []
+    for path in directory.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):  # a shared file system may show the name before the content
+            found.append((path.stat().st_mtime_ns, Report(**json.loads(path.read_text()))))
     one_host = len({report.host for _, report in found}) <= 1
     return [r for _, r in sorted(found, key=lambda f: f[1].time if one_host else f[0])]
 
@@ -130,6 +134,20 @@ def _wait(child: subprocess.Popen[bytes], tie: Tie | None) -> int:
     return 128 - code if code < 0 else code
 
 
+def _relay(pipe: IO[bytes], target: int) -> threading.Thread:
+    """Copies what comes from `pipe` to the file `target`, and reads on when ssh is gone: a program that prints goes on."""
+
+    def copy() -> None:
+        while data := os.read(pipe.fileno(), 1 << 16):
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(target, data) :]
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread
+
+
 def _end_helpers(tie: Tie, seconds: float) -> None:
     """Lets what the program left running, such as an upload, go on for `seconds`, then kills it."""
     deadline = time.monotonic() + seconds
@@ -164,9 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         tie = Tie(Path(report_dir), rank, float(os.environ[LEASE]))
     env = _environment()
     log = _open_log(rank)
+    output = subprocess.PIPE if tie and log is None else log
     child = subprocess.Popen(
-        [sys.executable, "-u", "-m", *words], env=env, stdout=log, stderr=log, preexec_fn=_die_with_parent()
+        [sys.executable, "-u", "-m", *words], env=env, stdout=output, stderr=output, preexec_fn=_die_with_parent()
     )
+    relays = [_relay(pipe, fd) for pipe, fd in ((child.stdout, 1), (child.stderr, 2)) if pipe]
     # SLURM sends TERM to the ranks of a job that it preempts. Of a job that its user cancels too, but there it starts nothing again.
     meaning = {signal.SIGTERM: signal.SIGUSR1} if under_slurm else {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -179,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if tie:
         _end_helpers(tie, LINGER_S if code in (0, STOPPED) else LINGER_S / 10)
+    for relay in relays:
+        relay.join(timeout=1.0)
     if report_dir is None:
         # The first rank to end would have srun kill the others; how the run ended is in its status.
         return 0 if under_slurm and code == STOPPED else code

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         ranks, job = _here(args, where, chosen, words)
     else:
         ranks, job = range(sum(map(len, chosen.values()))), _by_ssh(args, where, chosen, words)
+    command, env, cwd = job({})
     if args.dry_run:
-        command, env, cwd = job({})
         if not args.no_ssh:
             print("# --packed is what each rank runs, beside where to report:", Call.unpack(command[-1]).describe())
         print(shell_line(command, env, os.environ, cwd))

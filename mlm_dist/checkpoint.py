@@ -37,6 +37,8 @@ from mlm_dist.files import sync_directory
 FORMAT, VERSION = "mlm_dist.checkpoint", 1
 # How long rank 0 waits for the other ranks' parts before it gives the checkpoint up.
 PARTS_TIMEOUT_S = 1800.0
+# Ranks among which tensors are dealt, at most: every rank opens every part that holds one to go on from it.
+MOST_OWNERS = 64
 
 
 @dataclass
@@ -227,8 +229,8 @@ def _commit(directory: Path, index: dict[str, Any]) -> None:
 
 
 def assign(numels: dict[str, int], world_size: int) -> dict[str, int]:
-    """Which rank writes which tensor: largest first to the rank with least. A pure function, so all ranks agree."""
-    loads = [0] * world_size
+    """Which rank writes which tensor: largest first to the rank with least, of the first MOST_OWNERS. A pure function, so all ranks agree."""
+    loads = [0] * min(world_size, MOST_OWNERS)
     owner = {}
     for key in sorted(numels, key=lambda k: (-numels[k], k)):
         rank = loads.index(min(loads))

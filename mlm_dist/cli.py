@@ -16,7 +16,10 @@ COMMANDS = {
     "tokenizer extend": ("mlm_dist.data.extend_tokenizer", "add the frequent words of a corpus to a vocabulary"),
     "data": ("mlm_dist.data.inspect", "hash: digest of every global batch; show: rows decoded"),
     "train": ("mlm_dist.train", "train as one rank (mlm-launch starts several)"),
-    "plan": ("mlm_dist.plan_command", "memory by ZeRO template and micro-batch, and the choice that fits"),
+    "plan": (
+        "mlm_dist.plan_command",
+        "memory by ZeRO template and micro-batch, the choice that fits, and traffic on a cluster",
+    ),
     "export": ("mlm_dist.export", "stock BERT weights, tokenizer and model card"),
     "fill-mask": ("mlm_dist.fill_mask", "fill [MASK] in sentences"),
     "report": ("mlm_dist.report", "picture and page of a run"),

@@ -6,8 +6,10 @@ Only the environment that every launcher agrees on is read (`RANK`, `WORLD_SIZE`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,6 +92,7 @@ def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
             torch.use_deterministic_algorithms(True)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _allow_open_files()
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
         timeout=timedelta(seconds=timeout_s),
@@ -97,6 +100,14 @@ def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
     )
     _prepare_deepspeed(timeout_s)
     return topology
+
+
+def _allow_open_files() -> None:
+    """Raises the limit on open files as far as is allowed: gloo joins each rank to each other one in each of three groups, and 1024 files, a usual limit,
+    are too few for 340 ranks."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # where "unlimited" is not allowed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _prepare_deepspeed(timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""``mlm-dist plan``: what a run needs of a device's memory, for each ZeRO template and micro-batch, and the choice that fits."""
+"""``mlm-dist plan``: what a run needs of a device's memory, for each ZeRO template and micro-batch, the choice that fits, and what a cluster costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_dist import choice
+from mlm_dist import choice, plan_cluster_command
 from mlm_dist.choice import Option, Way
 from mlm_dist.combinations import Combination, refusal
 from mlm_dist.ds_config import for_world, load_template
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from mlm_dist.config import Config
 
+# Words of BERT's vocabulary, for a tokenizer that nobody trained yet where the exact number matters little.
+VOCABULARY = 30522
 OURS = {way.template for way in choice.ORDER}
 # What BertConfig's defaults are not in the checkpoints that everyone starts from, so that these need no hub.
 KNOWN_SIZES: dict[str, dict[str, int]] = {
@@ -39,8 +41,12 @@ KNOWN_SIZES: dict[str, dict[str, int]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``mlm-dist plan``; what they do not know goes to the run config."""
     parser.add_argument("--config", required=True, help="run config; any of its keys can follow as a flag")
-    parser.add_argument("--device-memory", required=True, metavar="SIZE", help="memory of one device, such as 16GiB")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks, one for each device (default 1)")
+    parser.add_argument(
+        "--device-memory", metavar="SIZE", help="memory of one device, such as 16GiB (with --nodes it can be left out)"
+    )
+    parser.add_argument(
+        "--world-size", type=int, help="ranks, one for each device (default 1, or those of the cluster)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device (default cuda)")
     parser.add_argument(
         "--reserve",
@@ -48,16 +54,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"part of it that tensors cannot have (default {choice.CUDA_RESERVE >> 20}MiB on cuda, for the context and fragmentation; 0 on cpu)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    plan_cluster_command.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Print the table and the choice; 1 when nothing fits."""
+    """Print the table and the choice, and what a cluster costs; 1 when nothing fits."""
     from mlm_dist.config import load
 
     config = load(["--config", args.config, *overrides], prog="mlm-dist plan").config
-    if args.world_size < 1:
-        raise UserError(f"--world-size: {args.world_size} must be at least 1.")
-    config.train.check_world(args.world_size)
+    cluster = plan_cluster_command.cluster_of(args)
+    if cluster is None:
+        return run_memory(args, config, 1 if args.world_size is None else args.world_size)
+    alone = args.device_memory is None
+    bert = sizes(config, vocabulary=VOCABULARY if alone else None)
+    found = plan_cluster_command.plan_cluster(config, bert, cluster, gpu=args.gpu, mfu=args.mfu)
+    if alone and args.json:
+        print(json.dumps({"cluster": found}, indent=1))
+    elif alone:
+        plan_cluster_command.show(found)
+    else:
+        return run_memory(args, config, cluster.ranks, found)
+    return 0
+
+
+def run_memory(args: argparse.Namespace, config: Config, world_size: int, cluster: dict[str, Any] | None = None) -> int:
+    """The memory's part, after what was found of a cluster, if one was asked for."""
+    if world_size < 1:
+        raise UserError(f"--world-size: {world_size} must be at least 1.")
+    if args.device_memory is None:
+        raise UserError(
+            "--device-memory is missing: give the memory of one device, such as 16GiB, or a cluster (--nodes)"
+        )
+    config.train.check_world(world_size)
     memory = _size("--device-memory", args.device_memory)
     reserve = choice.CUDA_RESERVE if args.device == "cuda" else 0
     if args.reserve is not None:
@@ -68,19 +96,27 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             "smaller reserve."
         )
     bert = sizes(config)
-    options = plan(config, bert, world_size=args.world_size, device=args.device)
-    enough = choice.enough(config, args.world_size)
+    options = plan(config, bert, world_size=world_size, device=args.device)
+    enough = choice.enough(config, world_size)
     chosen = choice.choose(options, memory - reserve, args.device, enough=enough)
-    remarks = notes(config, args.world_size)
+    remarks = notes(config, world_size)
     if args.json:
-        print(json.dumps(_as_json(options, chosen, memory, reserve) | {"notes": remarks}, indent=1))
+        both = {"cluster": cluster} if cluster else {}
+        print(json.dumps(_as_json(options, chosen, memory, reserve) | {"notes": remarks} | both, indent=1))
     else:
+        if cluster:
+            plan_cluster_command.show(cluster)
+            print()
         _show(options, chosen, memory, reserve, args.device, remarks)
     return 0 if chosen else 1
 
 
-def sizes(config: Config) -> BertConfig:
-    """The model's configuration, without weights, and of tokenizers only what is at hand. Raises UserError when it cannot be known."""
+def sizes(config: Config, vocabulary: int | None = None) -> BertConfig:
+    """The model's configuration, without weights, and of tokenizers only what is at hand; `vocabulary` words for one that is not there.
+
+    Raises:
+        UserError: it cannot be known.
+    """
     from mlm_dist.model import bert
 
     section = config.model
@@ -100,16 +136,16 @@ def sizes(config: Config) -> BertConfig:
         stored = bert.load_config(section, vocab_size=None, pad_token_id=0)
         stored.vocab_size = _extended(config, stored.vocab_size)
         return stored
-    vocabulary = None
     if "vocab_size" not in (section.config or {}):
         from mlm_dist.data import tokenizer
 
         try:
             vocabulary = len(tokenizer.load_pretrained(config.data.tokenizer))
         except UserError as error:
-            raise UserError(
-                f"{error} The planner needs no tokenizer if it is told the size: --model.config.vocab_size 30522."
-            ) from error
+            if vocabulary is None:
+                raise UserError(
+                    f"{error} The planner needs no tokenizer if it is told the size: --model.config.vocab_size 30522."
+                ) from error
     return bert.load_config(section, vocab_size=vocabulary, pad_token_id=0)
 
 

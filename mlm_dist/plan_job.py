@@ -43,6 +43,12 @@ class Model:
         layer = [h * h] * 4 + [i * h, h * i]
         return [self.words, self.positions * h, self.types * h] + layer * self.layers + [h * h]
 
+    @cached_property
+    def others(self) -> list[int]:
+        """Elements of each parameter that does not decay: biases and norms."""
+        h = self.hidden
+        return [h] * 2 + ([h] * 9 + [self.intermediate]) * self.layers + [h] * 3 + [self.vocab]
+
     @property
     def words(self) -> int:
         """Elements of the word embedding, the largest parameter of any usual BERT."""

@@ -308,9 +308,7 @@ def skipping(control: distributed.ControlGroup, cases: list[tuple[Template, Any]
     poisons = {"nan": {"factor": torch.tensor(math.nan)}, "inf": {"factor": torch.tensor(math.inf)}}
     poisons["finite gradient"] = {"offset": torch.tensor(math.inf)}
     for template, precision in cases:
-        engine = make_engine(
-            template, clip=0.5, precision=precision, module=Poisonable(make_module().model, "auto")
-        )
+        engine = make_engine(template, clip=0.5, precision=precision, module=Poisonable(make_module().model, "auto"))
         reference = make_engine(template, clip=0.5, precision=precision)
         run_steps(engine, control, 0, 2)
         outcome: dict[str, Any] = {"case": (template, precision)}
@@ -368,9 +366,7 @@ def overflowing(control: distributed.ControlGroup, templates: list[Template], sc
     return results
 
 
-def accumulating(
-    control: distributed.ControlGroup, templates: list[Template]
-) -> list[tuple[Template, list[float]]]:
+def accumulating(control: distributed.ControlGroup, templates: list[Template]) -> list[tuple[Template, list[float]]]:
     """Each template in bf16_pure: the norm of a micro-batch, and with 32 more of a 1024th of its gradient."""
     results = []
     large = make_batch(0, [control.rank])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import torch
 
 from mlm_dist import distributed
 from mlm_dist.errors import UserError
@@ -40,6 +42,29 @@ def failing() -> None:
     if topology.rank == 1:
         raise RuntimeError("rank 1 has had enough")
     distributed.ControlGroup(60).barrier()
+
+
+def timeouts() -> list[float]:
+    """Called on every rank: seconds after which a collective ends, for every group there is once DeepSpeed has made its
+    own."""
+    distributed.init(77)
+    distributed.ControlGroup(77)
+    model = torch.nn.Linear(4, 4)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "gradient_clipping": 0.0}
+    config["zero_force_ds_cpu_optimizer"] = False
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    cpu = torch.device("cpu")
+    result = [group._get_backend(cpu).options._timeout.total_seconds() for group in groups]
+    distributed.shutdown()
+    return result
+
+
+def test_every_group_has_the_runs_timeout() -> None:
+    """A network that is cut gives no error; DeepSpeed would make its group with torch's half an hour."""
+    for found in run_ranks("tests.dist.test_distributed:timeouts", world=2, timeout=60):
+        assert len(found) >= 3 and set(found) == {77.0}
 
 
 def test_ranks_agree_exactly() -> None:

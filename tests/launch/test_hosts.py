@@ -182,14 +182,13 @@ def test_python_that_needs_quotes_is_refused() -> None:
         hosts.ssh_command("/my env/bin/python", [], Call("/", {}, []), verbose=False)
 
 
-@pytest.mark.parametrize("verbose", [False, True])
-def test_deepspeed_makes_of_the_command_what_is_meant(tmp_path: Path, verbose: bool) -> None:
+def test_deepspeed_makes_of_the_command_what_is_meant(tmp_path: Path) -> None:
     """Its own parser and pdsh runner; then a shell reads what it would send to a host, as sshd's would."""
     file = hostfile(tmp_path, "node1 slots=2\nnode2 slots=4\n")
     place = hosts.Place(str(file), ("--include=node1@node2:0,2",), "node1", 4711)
     early = {"LD_LIBRARY_PATH": "/a b/$x'\"%h", "DS_ACCELERATOR": "cpu"}
     call = Call(str(tmp_path), {"A": "b c"}, ["some.program", *HOSTILE])
-    command = hosts.ssh_command(sys.executable, hosts.ssh_flags(place, early, verbose=verbose), call, verbose=verbose)
+    command = hosts.ssh_command(sys.executable, hosts.ssh_flags(place, early, verbose=False), call, verbose=False)
     code = (
         "import json, sys; from deepspeed.launcher import runner as r; a = r.parse_args(sys.argv[1:]);"
         "pool = r.parse_inclusion_exclusion(r.fetch_hostfile(a.hostfile), a.include, a.exclude);"
@@ -201,14 +200,16 @@ def test_deepspeed_makes_of_the_command_what_is_meant(tmp_path: Path, verbose: b
     assert result.returncode == 0, result.stderr
     *parsed, pdsh = json.loads(result.stdout.splitlines()[-1])
     assert parsed == [{"node1": [0, 1], "node2": [0, 2]}, "pdsh", True, "node1", 4711]
-    assert ("-N" in pdsh) == (not verbose)
+    assert "-N" in pdsh
     line = " ".join(w for w in pdsh[pdsh.index("-w") + 2 :] if w != "-N").replace("%n", "1").replace("%%", "%")
     script = line.replace(sys.executable, "printf '%s\\0' \"$LD_LIBRARY_PATH\"", 1)
     words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
     assert words[0] == early["LD_LIBRARY_PATH"]
     assert words[words.index("launcher.exec") + 1 :] == ["--packed", call.pack()]
     assert "--node_rank=1" in words and "--no_local_rank" in words
-    assert ("--log_level=critical" in words) == (not verbose)
+    assert "--log_level=critical" in words  # of its part on the hosts
+    loud = hosts.ssh_flags(place, {}, verbose=True)
+    assert not [f for f in loud if f.startswith(("--launcher_args", "--enable_each_rank_log"))]
 
 
 def test_gpus_of_a_host_are_those_that_it_shows(tmp_path: Path) -> None:
@@ -285,11 +286,11 @@ def rank_under_lease(folder: Path, seconds: float) -> tuple[subprocess.Popen[byt
 @pytest.mark.parametrize("said", [True, False])
 def test_rank_ends_with_its_lease(tmp_path: Path, said: bool) -> None:
     """It ends when told, or when nobody renews it; and not as long as somebody does."""
-    lease = Lease(tmp_path, [0], 3.0)
+    lease = Lease(tmp_path, [0], 2.0)
     lease.renew()
-    rank, pids = rank_under_lease(tmp_path, 3.0)
+    rank, pids = rank_under_lease(tmp_path, 2.0)
     try:
-        until = time.monotonic() + 5
+        until = time.monotonic() + 3
         while time.monotonic() < until:
             lease.renew()
             time.sleep(0.2)
@@ -304,6 +305,21 @@ def test_rank_ends_with_its_lease(tmp_path: Path, said: bool) -> None:
         rank.kill()
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_rank_that_prints_goes_on_when_ssh_is_gone(tmp_path: Path) -> None:
+    text = "import sys\nfor _ in range(3000): print('x' * 100, flush=True)\nopen('done', 'w').close()\nsys.exit(75)"
+    (tmp_path / "talker.py").write_text(text)
+    Lease(tmp_path, [0], 60.0).renew()
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{HERE.parents[1]}", REPORT_DIR: str(tmp_path), LEASE: "60"}
+    command = [sys.executable, "-m", "launcher.exec", "talker"]
+    rank = subprocess.Popen(command, env={**env, "RANK": "0"}, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    assert rank.stdout.read(1000) == (b"x" * 100 + b"\n") * 9 + b"x" * 91
+    rank.stdout.close()
+    assert rank.wait(timeout=60) == 0
+    assert [r.code for r in read_reports(tmp_path)] == [75]
+    assert (tmp_path / "done").exists()
 
 
 def test_silent_ranks_are_those_that_vanished_or_never_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

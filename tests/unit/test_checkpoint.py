@@ -357,3 +357,8 @@ def test_assign_is_balanced_and_the_same_on_all_ranks(numels: dict[str, int], wo
     assert assign(dict(reversed(numels.items())), world) == owners
     loads = [sum(n for k, n in numels.items() if owners[k] == rank) for rank in range(world)]
     assert max(loads) - min(loads) <= max(numels.values(), default=0)
+
+
+def test_of_many_ranks_a_part_holds_tensors() -> None:
+    owners = assign({str(i): 10 for i in range(1000)}, 512)
+    assert set(owners.values()) == set(range(checkpoint.MOST_OWNERS))
