@@ -9,6 +9,7 @@ from tests.cluster.cluster import SECRETS, CannotRun, Cluster, tails
 from tests.e2e.program import Program, save_config
 
 STEPS = 400  # so many that a run is not over before what a test does to it has an effect
+SHORT = ["--train.steps", 30]  # where a test does nothing to it
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,13 @@ def one_process(config: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def short_one_process(config: Path) -> Path:
+    """The same of a short run."""
+    Program(config, 1, [*map(str, SHORT), "--run.name", "short-one-process"]).start().finish()
+    return config.parent / "runs" / "short-one-process"
+
+
+@pytest.fixture(scope="session")
 def undisturbed(config: Path, three_nodes: Cluster) -> Path:
     """The run directory of `config` on two nodes, a rank on each, when nothing happens to it."""
     job = three_nodes.submit(config, "--nodes", 2, "--run.name", "undisturbed")
@@ -64,7 +72,7 @@ def cluster(three_nodes: Cluster, folder: Path, request: pytest.FixtureRequest) 
     yield three_nodes
     try:
         if request.session.testsfailed == failed:
-            three_nodes.wait_until_quiet()
+            three_nodes.wait_until_quiet()  # a node that was cut off has to hear of it first
         else:
             print(three_nodes.tails(), tails(sorted(folder.glob("runs/*/logs/*.*")) + sorted(folder.glob("*.log"))))
     finally:
