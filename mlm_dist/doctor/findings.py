@@ -11,8 +11,9 @@ from mlm_dist.doctor.meeting import spans
 
 Level = Literal["green", "yellow", "red"]
 LEVELS: tuple[Level, ...] = ("green", "yellow", "red")
-# How many times slower than the median a part may be before it is told of, and before it is not worth its place.
-SLOW, VERY_SLOW = 1.5, 4.0
+# How many times slower than the median a host may be before it is told of (measurements of networks scatter more), and before
+# it is not worth its place.
+SLOW, SLOW_NETWORK, VERY_SLOW = 1.5, 2.0, 4.0
 _NAMED = 8
 
 
@@ -108,29 +109,30 @@ def differing(values: Mapping[str, Any]) -> str | None:
     return f"{told}; {usual} on {common}"
 
 
-def slowness(scores: Mapping[str, float]) -> tuple[str, float]:
-    """(the one with the lowest score, how many times the median score is above it). Of two the better one counts as the median."""
-    slowest = min(scores, key=lambda name: scores[name])
-    return slowest, statistics.median_high(scores.values()) / scores[slowest]
+def compare(
+    check: str, values: Mapping[str, float], unit: str, remedy: str, *, lower: bool = False, slow: float = SLOW
+) -> list[Finding]:
+    """The slowest named, and every other that is slow; nothing when there is nothing to compare.
 
-
-def slow_level(ratio: float) -> Level:
-    """Of what is so many times slower than the median."""
-    return "red" if ratio >= VERY_SLOW else "yellow" if ratio >= SLOW else "green"
-
-
-def compare(check: str, scores: Mapping[str, float], unit: str, remedy: str) -> list[Finding]:
-    """The slowest named, with every other that is slow; nothing when there is nothing to compare. Scores: the more the better."""
-    if len(scores) < 2:
+    Args:
+        check: what was looked at.
+        values: of each host, the higher the better, or with ``lower`` the lower.
+        unit: of the values.
+        remedy: what to do about a slow one.
+        slow: how many times worse than the median is slow. Of two the better one counts as the median.
+    """
+    if len(values) < 2:
         return []
-    slowest, ratio = slowness(scores)
-    median = statistics.median_high(scores.values())
-    level = slow_level(ratio)
-    also = [name for name in scores if name != slowest and median / scores[name] >= SLOW]
-    message = f"slowest is {slowest}: {scores[slowest]:.3g} {unit}, the median is {median:.3g}"
-    if level != "green":
-        message += f", {ratio:.1f} times as much" + (f"; slow too: {names(also)}" if also else "")
-    return [Finding(level, check, message, remedy if level != "green" else "")]
+    median = (statistics.median_low if lower else statistics.median_high)(values.values())
+    ratios = {name: value / median if lower else median / value for name, value in values.items()}
+    slowest = max(ratios, key=lambda name: ratios[name])
+    ratio = ratios[slowest]
+    message = f"slowest is {slowest}: {values[slowest]:.3g} {unit}, the median is {median:.3g}"
+    if ratio < slow:
+        return [Finding("green", check, message)]
+    also = [name for name in values if name != slowest and ratios[name] >= slow]
+    message += f": {ratio:.1f} times slower" + (f"; slow too: {names(also)}" if also else "")
+    return [Finding("red" if ratio >= VERY_SLOW else "yellow", check, message, remedy)]
 
 
 def silent(report: Report) -> list[Finding]:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -98,7 +99,8 @@ def wandb(setting: str) -> dict[str, Any]:
     """What ``track.wandb`` comes to here and, if that is online, whether the server answers. Of a login only whether there is one."""
     mode = resolve_mode(setting)
     logged_in = resolve_mode("auto", {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}) == "online"
-    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    parts = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # without a password that may be in it
     facts: dict[str, Any] = {"mode": mode, "logged_in": logged_in, "url": url}
     if mode == "online":
         facts["unreachable"] = _unreachable(url)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from mlm_dist.doctor.findings import SLOW, Finding, Report, compare, names
+from mlm_dist.doctor.findings import SLOW_NETWORK, Finding, Report, compare, names
 from mlm_dist.doctor.network import bus_bandwidth
 from mlm_dist.lifecycle import STALE_AFTER_S
 
@@ -100,33 +100,40 @@ def links(report: Report) -> list[Finding]:
     """Each host by the better of its two links in the ring, so that a slow host is named and its neighbours are not."""
     found = []
     for backend, measured in _links(report).items():
-        hosts = [tuple(map(report.host_of, link["ranks"])) for link in measured]
-        for key, unit, scale in (("bandwidth", "GB/s", 1e-9), ("latency", "trips/s", 1.0)):
-            value = [link[key] * scale if key == "bandwidth" else 1 / link[key] for link in measured]
-            if len(measured) < 3:
-                continue
-            best: dict[str, float] = {}
-            for ends, score in zip(hosts, value, strict=True):
-                for end in ends:
-                    best[end] = max(score, best.get(end, 0.0))
-            check = f"links ({backend}, {key})"
-            found += compare(check, best, unit, EXCLUDE)
-            good = statistics.median(best.values())
-            named = {end for end, score in best.items() if good / score >= SLOW}
-            lone = [
-                f"{a} - {b} ({score:.3g} {unit})"
-                for (a, b), score in zip(hosts, value, strict=True)
-                if good / score >= SLOW and not named & {a, b}
-            ]
-            if lone:
-                message = f"slow between hosts that are not slow to others: {names(lone)}; the median is {good:.3g}"
-                found.append(Finding("yellow", check, message, "report the pair: a cable or a switch port"))
-        if len(measured) < 3:
-            told = ", ".join(
-                f"{a} - {b}: {1e6 * link['latency']:.0f} us, {link['bandwidth'] / 1e9:.3g} GB/s"
-                for (a, b), link in zip(hosts, measured, strict=True)
-            )
-            found.append(Finding("green", f"links ({backend})", told))
+        ends = [(report.host_of(link["ranks"][0]), report.host_of(link["ranks"][1])) for link in measured]
+        bandwidth = dict(zip(ends, (link["bandwidth"] / 1e9 for link in measured), strict=True))
+        latency = dict(zip(ends, (link["latency"] * 1e6 for link in measured), strict=True))
+        if len(ends) < 3:
+            told = [f"{a} - {b}: {latency[a, b]:.0f} us, {bandwidth[a, b]:.3g} GB/s" for a, b in ends]
+            found.append(Finding("green", f"links ({backend})", ", ".join(told)))
+            continue
+        found += _ring(f"bandwidth ({backend})", bandwidth, "GB/s", lower=False)
+        found += _ring(f"latency ({backend})", latency, "us", lower=True)
+    return found
+
+
+def _ring(check: str, values: dict[tuple[str, str], float], unit: str, lower: bool) -> list[Finding]:
+    better = min if lower else max
+    best: dict[str, float] = {}
+    for pair, value in values.items():
+        for end in pair:
+            best[end] = better(value, best.get(end, value))
+    found = compare(check, best, unit, EXCLUDE, lower=lower, slow=SLOW_NETWORK)
+    usual = statistics.median(best.values())
+
+    def slow(value: float) -> bool:
+        return (value / usual if lower else usual / value) >= SLOW_NETWORK
+
+    lone = [
+        f"{a} - {b} ({value:.3g} {unit})"
+        for (a, b), value in values.items()
+        if slow(value) and not slow(best[a]) and not slow(best[b])
+    ]
+    if lone:
+        message = f"slow between hosts that are not slow to others: {names(lone)}; the median is {usual:.3g}"
+        found.append(
+            Finding("yellow", check, message, "run the doctor again, and report the pair: a cable or a switch")
+        )
     return found
 
 
@@ -148,7 +155,7 @@ def collectives(report: Report) -> list[Finding]:
         if common:
             size = max(common, key=int)
             scores = {row["host"]: row["gb_s"][size] for row in inner}
-            found += compare(f"all-reduce within hosts ({backend})", scores, "GB/s", EXCLUDE)
+            found += compare(f"within host ({backend})", scores, "GB/s", EXCLUDE, slow=SLOW_NETWORK)
     return found
 
 

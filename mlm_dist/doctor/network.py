@@ -33,7 +33,6 @@ def measure(
     device: torch.device,
     *,
     quick: bool,
-    timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
     """Everything, as this rank sees it. Collective.
 
@@ -50,26 +49,29 @@ def measure(
     if world == 1:
         return facts
     leaders = [ranks[0] for ranks in hosts]
-    limit = timedelta(seconds=timeout_s)
+    limit = timedelta(seconds=TIMEOUT_S)
     phase = "joining over gloo"
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         dist.barrier()
         phase = "clocks"
         facts["clock"] = clocks(rank, leaders)
-        for backend in ("gloo", "nccl") if device.type == "cuda" else ("gloo",):
+        phase = "making groups"
+        backends = ("gloo", "nccl") if device.type == "cuda" else ("gloo",)
+        made = _groups(rank, hosts, backends, limit)
+        for backend in backends:
             on = device if backend == "nccl" else torch.device("cpu")
-            phase = f"making groups over {backend}"
-            groups = _groups(rank, hosts, backend, limit)
-            across = groups.get("across hosts")
+            across = made.get((backend, "across hosts"))
             if across is not None:
                 phase = f"links over {backend}"
                 facts["links"] += [{"backend": backend, **link} for link in links(rank, leaders, on, across, quick)]
-            for name, group in groups.items():
-                phase = f"all-reduce {name} over {backend}"
+        for (backend, name), group in made.items():
+            phase = f"all-reduce {name} over {backend}"
+            ranks = dist.get_world_size(group)
+            if ranks > 1:
+                on = device if backend == "nccl" else torch.device("cpu")
                 rows = all_reduces(group, on, SIZES[: 2 if quick else None])
                 if dist.get_rank(group) == 0:
-                    ranks = dist.get_world_size(group)
                     facts["collectives"].append({"group": name, "backend": backend, "ranks": ranks, "rows": rows})
         phase = "leaving"
         dist.barrier()
@@ -79,18 +81,26 @@ def measure(
 
 
 def _groups(
-    rank: int, hosts: Sequence[Sequence[int]], backend: str, limit: timedelta
-) -> dict[str, dist.ProcessGroup | None]:
-    """The groups that this rank is in: its host's, the hosts' first ranks', and all, where they have several ranks."""
+    rank: int, hosts: Sequence[Sequence[int]], backends: Sequence[str], limit: timedelta
+) -> dict[tuple[str, str], dist.ProcessGroup | None]:
+    """(backend, name) -> the groups that this rank is in: its host's ranks, the hosts' first ranks, and all.
+
+    Only members make a group: with all ranks in the making of every one, that would grow with their square. torch then names it
+    by its members and by how many groups the rank has, which must be the same for all of them: so those that every rank has one
+    of come first, also where a host's has one member.
+    """
     leaders = [ranks[0] for ranks in hosts]
-    wanted = {"within host": next(ranks for ranks in hosts if rank in ranks), "across hosts": leaders}
-    if len(hosts) > 1 and len(hosts) < sum(map(len, hosts)):
-        wanted["all ranks"] = sorted(rank for ranks in hosts for rank in ranks)
-    made = {}
-    for name, ranks in wanted.items():
-        if rank in ranks and len(ranks) > 1:
-            # Only members come: with all ranks in the making of every group, it would grow with their square.
-            made[name] = dist.new_group(list(ranks), timeout=limit, backend=backend, use_local_synchronization=True)
+    mine = next(ranks for ranks in hosts if rank in ranks)
+    every = sorted(rank for ranks in hosts for rank in ranks)
+
+    def new(ranks: Sequence[int], backend: str) -> dist.ProcessGroup | None:
+        return dist.new_group(list(ranks), timeout=limit, backend=backend, use_local_synchronization=True)
+
+    made = {(backend, "within host"): new(mine, backend) for backend in backends}
+    if len(hosts) > 1:
+        made |= {(backend, "all ranks"): new(every, backend) for backend in backends}
+        if rank in leaders:
+            made |= {(backend, "across hosts"): new(leaders, backend) for backend in backends}
     return made
 
 
