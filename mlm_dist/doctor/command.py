@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mlm_dist.doctor.findings import Finding, Report, silent, worst
 from mlm_dist.doctor.judge_host import host as judge_host
 from mlm_dist.doctor.judge_job import job as judge_job
 from mlm_dist.doctor.judge_network import network as judge_network
-from mlm_dist.doctor.meeting import Meeting, Unreachable, spans
+from mlm_dist.doctor.meeting import GRACE_S, Meeting, Unreachable, spans
 from mlm_dist.doctor.show import document, show, show_json
 from mlm_dist.errors import UserError
 from mlm_dist.lifecycle import EXIT_FAILED, EXIT_FINISHED, EXIT_USER_ERROR
@@ -51,14 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Exit code: 0 for green and yellow, 1 for red, 2 for the user's mistake; of ranks other than the first, 0 or what stopped it."""
+    """Exit code: 0 for green and yellow, 1 for red, 2 for the user's mistake; all of the first rank, and others end with 0, so that
+    no launcher ends the first one before it has printed. A rank that cannot reach the first ends with 1, a little later."""
     topology = Topology.from_env()
     try:
         code, content = diagnose(args, overrides, topology)
     except UserError:
         if topology.rank == 0:
             raise
-        return EXIT_USER_ERROR  # the first rank tells it, once
+        return EXIT_FINISHED  # the first rank tells it, once
     if topology.rank == 0:
         (show_json if args.json else show)(content)
     if dist.is_initialized():
@@ -73,12 +75,12 @@ def diagnose(args: argparse.Namespace, overrides: list[str], topology: Topology)
     """(exit code of this rank, what there is to print, which matters on rank 0)."""
     with _stdout_is_stderr():
         findings, report = _examine(args, overrides, topology)
-    red = worst(findings) == "red" and (topology.rank == 0 or report is None)
-    return EXIT_FAILED if red else EXIT_FINISHED, redact(document(findings, report))
+    code = EXIT_FAILED if worst(findings) == "red" else EXIT_FINISHED
+    return code, redact(document(findings, report))
 
 
 def _examine(args: argparse.Namespace, overrides: list[str], topology: Topology) -> tuple[list[Finding], Report | None]:
-    """Findings on rank 0; the report is None where the ranks did not meet."""
+    """Findings, on rank 0 or of a rank that cannot reach it; the report is None where the ranks did not meet."""
     config, mistake = _load(args.config, overrides)
     card = {
         "host": host.name(),
@@ -93,7 +95,7 @@ def _examine(args: argparse.Namespace, overrides: list[str], topology: Topology)
         with contextlib.ExitStack() as stack:
             stack.callback(meeting.leave, [rank for rank in here if rank != 0])
             if absent:
-                return [_absent(absent, cards, args.wait)], None
+                return [_absent(absent, cards, args.wait)] if topology.rank == 0 else [], None
             if mistake and all(one["mistake"] for one in cards):
                 raise UserError(mistake)
             report = Report(_hosts(cards), [])
@@ -208,8 +210,9 @@ def _absent(absent: list[int], cards: list[dict[str, Any]], wait: float) -> Find
 
 
 def _unreachable(error: Unreachable, topology: Topology) -> Finding:
-    # Nobody else can be told.
-    print(f"doctor: rank {topology.rank} on {host.name()}: {error}", file=sys.stderr, flush=True)
+    if topology.rank != 0:  # nobody else can be told
+        print(f"doctor: rank {topology.rank} on {host.name()}: {error}", file=sys.stderr, flush=True)
+        time.sleep(GRACE_S)
     return Finding(
         "red",
         "ranks",

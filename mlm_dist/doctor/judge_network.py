@@ -107,8 +107,8 @@ def links(report: Report) -> list[Finding]:
             told = [f"{a} - {b}: {latency[a, b]:.0f} us, {bandwidth[a, b]:.3g} GB/s" for a, b in ends]
             found.append(Finding("green", f"links ({backend})", ", ".join(told)))
             continue
-        found += _ring(f"bandwidth ({backend})", bandwidth, "GB/s", lower=False)
-        found += _ring(f"latency ({backend})", latency, "us", lower=True)
+        found += _ring(f"link bandwidth ({backend})", bandwidth, "GB/s", lower=False)
+        found += _ring(f"link latency ({backend})", latency, "us", lower=True)
     return found
 
 

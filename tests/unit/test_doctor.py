@@ -183,8 +183,8 @@ CASES: list[tuple[Callable[[Report], None], str, str, str]] = [
     (set_in("speed/copy_gb_s", 10.0, rank=3, which="network"), "yellow", "memory", "slowest is node1"),
     (set_in("clock/0/offset", 1.1, rank=0, which="network"), "yellow", "clocks", "node1 is 1.1 s ahead"),
     (set_in("clock/0/offset", -31.0, rank=0, which="network"), "red", "clocks", "node1 is 31.0 s behind"),
-    (set_in("links/0/bandwidth", 1e8, which="network"), "yellow", "bandwidth (gloo)", "node1 - node2"),
-    (set_in("links/0/latency", 1e-3, which="network"), "yellow", "latency (gloo)", "node1 - node2"),
+    (set_in("links/0/bandwidth", 1e8, which="network"), "yellow", "link bandwidth (gloo)", "node1 - node2"),
+    (set_in("links/0/latency", 1e-3, which="network"), "yellow", "link latency (gloo)", "node1 - node2"),
     (
         set_in("collectives/0/rows", [[8, 1e-5], [1 << 20, 3e-3]], which="network"),
         "yellow",
@@ -241,7 +241,7 @@ def test_of_a_ring_the_slow_host_is_named_and_not_its_neighbours(hosts: int) -> 
         for rank in (slow, (slow - 1) % hosts):  # a link is measured by the former of its ends
             of(report, rank, "network")["links"][0]["bandwidth"] = 1e8
         (finding,) = wrong(report)
-        assert (finding.level, finding.check) == ("red", "bandwidth (gloo)")
+        assert (finding.level, finding.check) == ("red", "link bandwidth (gloo)")
         assert f"slowest is node{slow}: 0.1 GB/s" in finding.message and "slow too" not in finding.message
 
 
