@@ -34,7 +34,8 @@ WAIT_S = 60
 LIMITS = {"versions": 15, "imports": 60, "gpus": 25, "device": 30, "limits": 5, "shards": 90, "start": 150, "probe": 20}
 LIMITS |= {"shared": 40, "room": 10, "wandb": 8}
 LOCAL_S = sum(LIMITS.values())
-NETWORK_S = 300.0
+# After the first rank's measuring has ended the others' does, of those that hang by a timeout each.
+NETWORK_S = 3 * network.TIMEOUT_S
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -110,7 +110,14 @@ def differing(values: Mapping[str, Any]) -> str | None:
 
 
 def compare(
-    check: str, values: Mapping[str, float], unit: str, remedy: str, *, lower: bool = False, slow: float = SLOW
+    check: str,
+    values: Mapping[str, float],
+    unit: str,
+    remedy: str,
+    *,
+    lower: bool = False,
+    slow: float = SLOW,
+    most: Level = "red",
 ) -> list[Finding]:
     """The slowest named, and every other that is slow; nothing when there is nothing to compare.
 
@@ -120,6 +127,7 @@ def compare(
         unit: of the values.
         remedy: what to do about a slow one.
         slow: how many times worse than the median is slow. Of two the better one counts as the median.
+        most: the worst level that it may be.
     """
     if len(values) < 2:
         return []
@@ -132,7 +140,7 @@ def compare(
         return [Finding("green", check, message)]
     also = [name for name in values if name != slowest and ratios[name] >= slow]
     message += f": {ratio:.1f} times slower" + (f"; slow too: {names(also)}" if also else "")
-    return [Finding("red" if ratio >= VERY_SLOW else "yellow", check, message, remedy)]
+    return [Finding(most if ratio >= VERY_SLOW else "yellow", check, message, remedy)]
 
 
 def silent(report: Report) -> list[Finding]:

@@ -119,7 +119,13 @@ def run_directory(report: Report) -> list[Finding]:
             Finding("yellow", "run directory", message, "mount it with shorter attribute caching (NFS: actimeo=1)")
         )
     if not found:
-        found.append(Finding("green", "run directory", f"{folder} is written and seen by every host"))
+        found.append(
+            Finding(
+                "green",
+                "run directory",
+                f"{folder} can be written" + (" and is seen by every host" if len(by_host) > 1 else ""),
+            )
+        )
     return found
 
 

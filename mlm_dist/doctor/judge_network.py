@@ -118,7 +118,7 @@ def _ring(check: str, values: dict[tuple[str, str], float], unit: str, lower: bo
     for pair, value in values.items():
         for end in pair:
             best[end] = better(value, best.get(end, value))
-    found = compare(check, best, unit, EXCLUDE, lower=lower, slow=SLOW_NETWORK)
+    found = compare(check, best, unit, EXCLUDE, lower=lower, slow=SLOW_NETWORK, most="yellow" if lower else "red")
     usual = statistics.median(best.values())
 
     def slow(value: float) -> bool:

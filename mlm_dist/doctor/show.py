@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mlm_dist.doctor.findings import Finding, Report, worst
@@ -45,13 +46,12 @@ def show(content: dict[str, Any]) -> None:
     if not sys.stdout.isatty():
         console = Console(highlight=False, no_color=True, width=_PIPE_WIDTH)
     if content["collectives"]:
+        console.print("all-reduce: latency of 8 bytes, and bus bandwidth in GB/s by size", soft_wrap=True)
         console.print(_collectives(content["collectives"]))
     findings = Table(show_lines=False)
     findings.add_column("", no_wrap=True)
     findings.add_column("check", no_wrap=True)
     findings.add_column("found, and what to do", overflow="fold")
-    from rich.markup import escape
-
     for finding in content["findings"]:
         text = escape(finding["message"]) + (f"\n-> {escape(finding['remedy'])}" if finding["remedy"] else "")
         level = finding["level"]
@@ -69,7 +69,7 @@ def show(content: dict[str, Any]) -> None:
 def _collectives(rows: Sequence[dict[str, Any]]) -> Table:
     """Latency and bus bandwidth; of many hosts the slowest and the median."""
     sizes = sorted({size for row in rows for size in row["gb_s"]}, key=int)
-    shown = Table(title="all-reduce: latency of 8 bytes, bus bandwidth in GB/s by size", title_justify="left")
+    shown = Table()
     for name in ("group", "backend", "ranks", "us", *map(_size, sizes)):
         shown.add_column(name, justify="left" if name in ("group", "backend") else "right")
     for backend in dict.fromkeys(row["backend"] for row in rows):
