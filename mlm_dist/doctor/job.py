@@ -60,7 +60,7 @@ def shards(config: Config, host: int, hosts: int, quick: bool) -> dict[str, Any]
         asked = host == 0 or not store.remote
         problems = manifest.shard_problems(store) if asked else []
         found[key] = {
-            "place": path,
+            "place": path.partition("?")[0] if "://" in path else path,  # without a signature
             "shards": len(manifest.shards),
             "bad": len(problems),
             "causes": [f"{problem.shard}: {problem.cause}" for problem in problems[:SHOWN]],
