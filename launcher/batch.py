@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -75,10 +74,8 @@ def stop(run: RunDir, job: SlurmJob, poll_s: float = 1.0) -> int:
 
 def _is_ours(run: RunDir, job: SlurmJob) -> bool:
     """Whether no job on other nodes holds the run."""
-    try:
-        return json.loads((run.path / "lock").read_text())["host"] in job.nodes
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
+    holder = run.holder()
+    return holder is None or holder[0] in job.nodes
 
 
 def verdict(run: RunDir, job: SlurmJob, code: int) -> int:

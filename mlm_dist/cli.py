@@ -20,12 +20,13 @@ COMMANDS = {
         "mlm_dist.plan_command",
         "memory by ZeRO template and micro-batch, the choice that fits, and traffic on a cluster",
     ),
+    "doctor": ("mlm_dist.doctor.command", "whether this host, or this allocation, has what a run needs"),
     "export": ("mlm_dist.export", "stock BERT weights, tokenizer and model card"),
     "fill-mask": ("mlm_dist.fill_mask", "fill [MASK] in sentences"),
     "report": ("mlm_dist.report", "picture and page of a run"),
 }
 # These take run-config flags (--train.steps 10) besides their own.
-WITH_OVERRIDES = ("data", "plan")
+WITH_OVERRIDES = ("data", "plan", "doctor")
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -132,16 +132,16 @@ def _prepare_deepspeed(timeout_s: float) -> None:
 class PendingSum:
     """A sum under way (see ControlGroup.start)."""
 
-    def __init__(self, values: torch.Tensor, work: dist.Work | None) -> None:
-        self._values = values
-        self._work = work
+    def __init__(self, mine: torch.Tensor, parts: list[torch.Tensor] | None, work: dist.Work, group: Any) -> None:
+        self._sum, self._parts, self._work, self._group = mine, parts, work, group
 
     def wait(self) -> list[int]:
-        """The sums over all ranks; blocks until they are there."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return [int(v) for v in self._values.tolist()]
+        """The sums over all ranks; blocks until they are there. Every rank calls it once, before it goes on with the group."""
+        self._work.wait()
+        if self._parts is not None:
+            self._sum = torch.stack(self._parts).sum(0)
+        dist.broadcast(self._sum, src=0, group=self._group)
+        return [int(v) for v in self._sum.tolist()]
 
 
 class ControlGroup:
@@ -157,9 +157,14 @@ class ControlGroup:
         self.world_size = dist.get_world_size()
 
     def start(self, values: list[int]) -> PendingSum:
-        """Begins an exact int64 sum of `values`, element by element, over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.int64)
-        return PendingSum(tensor, dist.all_reduce(tensor, group=self._group, async_op=True))
+        """Begins an exact int64 sum of `values`, element by element, over all ranks.
+
+        Rank 0 gathers and broadcasts: gloo's all-reduce is a ring, whose 2 (W - 1) hops follow one another.
+        """
+        mine = torch.tensor(values, dtype=torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)] if self.rank == 0 else None
+        work = dist.gather(mine, parts, dst=0, group=self._group, async_op=True)
+        return PendingSum(mine, parts, work, self._group)
 
     def sum(self, values: list[int]) -> list[int]:
         """The exact int64 sum of `values`, element by element, over all ranks."""

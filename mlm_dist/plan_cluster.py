@@ -34,6 +34,7 @@ DOCTOR_BYTES = 256 << 20
 SHA256 = 1.4e9
 # Assumed: one small message between two nodes over TCP, in seconds.
 HOP_S = 20e-6
+MESSAGE_S = 5e-6  # assumed: a small message of many that one process takes in
 
 # What usual links carry each way, in bytes/s. A node of 8 H100 usually has 8 ports of 400 Gb/s.
 LINKS = {
@@ -243,7 +244,7 @@ class Cost(NamedTuple):
         what: in words.
         value: what it is at this size.
         unit: of `value`: `B`, `s`, or none for a count.
-        grows: `constant`, `linear`, `quadratic` or `cubic` in nodes, all nodes together.
+        grows: `constant`, `logarithmic`, `linear`, `quadratic` or `cubic` in nodes, all nodes together.
     """
 
     what: str
@@ -255,8 +256,10 @@ class Cost(NamedTuple):
 def costs(model: Model, cluster: Cluster, lanes: int) -> Iterator[Cost]:
     """What start, resume, checkpoints and decisions cost, beside a step's traffic."""
     ranks, saved, storage = cluster.ranks, checkpoint_cost(model, cluster.ranks), cluster.storage
-    yield Cost("step: hops of the control reduction, one after the other (gloo's ring)", 2 * (ranks - 1), "", "linear")
-    yield Cost("step: those at 20 us each", 2 * (ranks - 1) * HOP_S, "s", "linear")
+    hops, messages = 1 + math.ceil(math.log2(ranks)), ranks - 1
+    yield Cost("step: hops of the control reduction, one after the other", hops, "", "logarithmic")
+    yield Cost("step: messages that rank 0 takes in for it", messages, "", "linear")
+    yield Cost("step: those at 20 us a hop and 5 us a message", hops * HOP_S + messages * MESSAGE_S, "s", "linear")
     yield Cost("checkpoint: files", saved.files, "", "linear")
     yield Cost("checkpoint: bytes", saved.nbytes, "B", "constant")
     yield Cost("checkpoint: largest part, one rank's", saved.largest, "B", "constant")

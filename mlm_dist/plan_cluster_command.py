@@ -191,7 +191,7 @@ def show(found: dict[str, Any]) -> None:
     print()
     print("beside the step's traffic, and how it grows with the nodes")
     for cost in found["costs"]:
-        print(f"  {_value(Cost(**cost)):>12}  {cost['grows']:10} {cost['what']}")
+        print(f"  {_value(Cost(**cost)):>12}  {cost['grows']:12} {cost['what']}")
     for note in found["notes"]:
         print(f"note: {note}")
 
