@@ -26,6 +26,7 @@ from launcher.exec import STOPPED, Report, log_path, read_reports
 from launcher.run_dir import RunDir, resolve
 from launcher.topology import SlurmJob, slurm_job
 from mlm_dist.errors import UserError
+from mlm_dist.lifecycle import HEARTBEAT_S, STALE_AFTER_S
 
 REQUEUE = 85  # the job is to be put back into the queue (no exit code of a program, nor 128 + a signal)
 USER_ERROR = 2
@@ -40,6 +41,8 @@ def begin(run: RunDir, job: SlurmJob) -> int:
     if not job.is_first and step is not None:
         _say(_looping(step))
         return USER_ERROR
+    if not job.is_first:
+        _outwait_lock(run)
     reports = report_dir(run, job)
     shutil.rmtree(reports, ignore_errors=True)
     try:
@@ -70,6 +73,15 @@ def stop(run: RunDir, job: SlurmJob, poll_s: float = 1.0) -> int:
                 run.request_stop(REASON, requeue=True)
         time.sleep(poll_s)
     return 0
+
+
+def _outwait_lock(run: RunDir, poll_s: float = 1.0) -> None:
+    """Lets the lock of a rank 0 whose node was lost grow old: other hosts cannot tell at once that it is dead. A live one stays young."""
+    deadline = time.monotonic() + STALE_AFTER_S + HEARTBEAT_S
+    while (holder := run.holder()) and holder[0] != socket.gethostname() and time.monotonic() < deadline:
+        if run.heartbeat_age() > STALE_AFTER_S:
+            return
+        time.sleep(poll_s)
 
 
 def _is_ours(run: RunDir, job: SlurmJob) -> bool:

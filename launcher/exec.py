@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     relays = [_relay(pipe, fd) for pipe, fd in ((child.stdout, 1), (child.stderr, 2)) if pipe]
     # SLURM sends TERM to the ranks of a job that it preempts. Of a job that its user cancels too, but there it starts nothing again.
-    meaning = {signal.SIGTERM: signal.SIGUSR1} if under_slurm else {}
+    meaning: dict[int, int] = {signal.SIGTERM: signal.SIGUSR1} if under_slurm else {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: child.send_signal(meaning.get(received, received)))
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +87,13 @@ class RunDir:
             return str(found.get("host", "")), int(found["pid"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+    def heartbeat_age(self) -> float:
+        """Seconds since the holder of `lock` last said that it lives; infinite when there is no lock."""
+        try:
+            return time.time() - (self.path / "lock").stat().st_mtime
+        except OSError:
+            return math.inf
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
         """Asks the run to checkpoint and end, by a `stop_request` that is never seen half written.

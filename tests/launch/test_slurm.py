@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from launcher.run_dir import RunDir
 from launcher.runs_command import outcome
 from launcher.slurm import Request, sbatch_command, sbatch_variables
 from launcher.topology import SlurmJob, expand_nodes, slurm_job, slurm_rank
+from mlm_dist import lifecycle
 from mlm_dist.errors import UserError
 from tests.e2e.program import save_config
 
@@ -587,3 +589,13 @@ def test_staging_of_what_is_no_file(config: Path, capsys: pytest.CaptureFixture[
     config.write_text("data: {sources: [{manifest: a}]}")
     assert stage.main(words) == 2
     assert "data.sources" in capsys.readouterr().err
+
+
+def test_a_requeued_job_lets_the_lock_of_a_lost_node_grow_old(script: Script) -> None:
+    run = Path("runs/job")
+    run.mkdir(parents=True)
+    (run / "lock").write_text(json.dumps({"attempt": 1, "host": "lost", "pid": 1}))
+    last = time.time() - lifecycle.STALE_AFTER_S + 3
+    os.utime(run / "lock", (last, last))
+    assert script.run(SLURM_RESTART_COUNT="1")[0] == 0
+    assert Path("seen.json").stat().st_mtime > last + lifecycle.STALE_AFTER_S
