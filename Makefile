@@ -5,6 +5,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+CLUSTER_TOOLS := slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh iproute2 procps util-linux
 DEMO := runs/demo
 DEMO_DATA := data/demo
 SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./build -o -path ./runs -o -path ./data \) -prune -o \
@@ -14,10 +15,10 @@ SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./bui
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test cpu-adam lint check format fuzz clean
+.PHONY: help setup demo smoke test cpu-adam cluster-tools lint check format fuzz clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(STAMP) ## make .venv with the pinned packages
 
@@ -53,6 +54,10 @@ test: $(STAMP) ## run the tests
 
 cpu-adam: $(STAMP) ## compile DeepSpeed's CPU Adam (two minutes, a C++ compiler), so that its tests run
 	DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+
+cluster-tools: ## install Slurm, ssh and pdsh from Debian or Ubuntu (as root), so that tests/cluster runs
+	DEBIAN_FRONTEND=noninteractive apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_TOOLS)
 
 lint: $(STAMP) ## formatting, lint, types, shell scripts
 	$(BIN)/ruff format --check .
