@@ -42,7 +42,7 @@ def begin(run: RunDir, job: SlurmJob) -> int:
         _say(_looping(step))
         return USER_ERROR
     if not job.is_first:
-        _outwait_lock(run)
+        _outwait_lock(run, job, next((r["lineage"] for r in reversed(lines) if r["event"] == "began"), None))
     reports = report_dir(run, job)
     shutil.rmtree(reports, ignore_errors=True)
     try:
@@ -75,10 +75,16 @@ def stop(run: RunDir, job: SlurmJob, poll_s: float = 1.0) -> int:
     return 0
 
 
-def _outwait_lock(run: RunDir, poll_s: float = 1.0) -> None:
-    """Lets the lock of a rank 0 whose node was lost grow old: other hosts cannot tell at once that it is dead. A live one stays young."""
+def _outwait_lock(run: RunDir, job: SlurmJob, before: str | None, poll_s: float = 1.0) -> None:
+    """Lets the lock of an earlier start that SLURM ended be taken over; `before` is the lineage of the job that began last.
+
+    On the nodes of this job nothing of an earlier start is left. A rank 0 on another node may be cut off rather than dead, so its
+    lock has to grow old, which a rank 0 that lives does not let it.
+    """
     deadline = time.monotonic() + STALE_AFTER_S + HEARTBEAT_S
     while (holder := run.holder()) and holder[0] != socket.gethostname() and time.monotonic() < deadline:
+        if before == job.lineage and holder[0] in job.nodes:
+            run.age_lock()
         if run.heartbeat_age() > STALE_AFTER_S:
             return
         time.sleep(poll_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -94,6 +95,11 @@ class RunDir:
             return time.time() - (self.path / "lock").stat().st_mtime
         except OSError:
             return math.inf
+
+    def age_lock(self) -> None:
+        """Marks the lock as one whose holder is gone."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path / "lock", (0, 0))
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
         """Asks the run to checkpoint and end, by a `stop_request` that is never seen half written.

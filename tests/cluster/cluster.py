@@ -125,8 +125,12 @@ class Cluster:
 
     def leftovers(self) -> dict[int, dict[int, str]]:
         """Of each node that has any, command line by process id of all that runs and is not the host's own."""
-        found = {node: self._processes(node) for node in range(1, self.nodes + 1)}
-        return {node: {p: args for p, (_, args) in those.items()} for node, those in found.items() if those}
+        found = {}
+        for node in range(1, self.nodes + 1):
+            # The daemon of a step on a node that was cut off takes a minute to understand that the step is over.
+            ours = {p: args for p, (_, args) in self._processes(node).items() if not args.startswith("slurmstepd: ")}
+            found |= {node: ours} if ours else {}
+        return found
 
     def ranks(self, node: int) -> list[int]:
         """Process ids of the training programs on a node, without their loader workers."""
@@ -183,7 +187,7 @@ class Cluster:
 
         return self.wait_for(f"checkpoint of attempt {attempt} of {run}", steps, timeout)
 
-    def wait_until_quiet(self, timeout: float = 60.0) -> None:
+    def wait_until_quiet(self, timeout: float = 20.0) -> None:
         """Waits until nothing of any job runs on any node."""
         deadline = time.monotonic() + timeout
         while found := self.leftovers():

@@ -72,7 +72,7 @@ def cluster(three_nodes: Cluster, folder: Path, request: pytest.FixtureRequest) 
     yield three_nodes
     try:
         if request.session.testsfailed == failed:
-            three_nodes.wait_until_quiet()  # a node that was cut off has to hear of it first
+            three_nodes.wait_until_quiet()
         else:
             print(three_nodes.tails(), tails(sorted(folder.glob("runs/*/logs/*.*")) + sorted(folder.glob("*.log"))))
     finally:

@@ -591,11 +591,14 @@ def test_staging_of_what_is_no_file(config: Path, capsys: pytest.CaptureFixture[
     assert "data.sources" in capsys.readouterr().err
 
 
-def test_a_requeued_job_lets_the_lock_of_a_lost_node_grow_old(script: Script) -> None:
+@pytest.mark.parametrize(
+    ("host", "lineage", "waits"), [("lost", "55", True), ("near", "55", False), ("near", "7", True)]
+)
+def test_the_lock_of_an_earlier_start_that_slurm_ended(script: Script, host: str, lineage: str, waits: bool) -> None:
     run = Path("runs/job")
-    run.mkdir(parents=True)
-    (run / "lock").write_text(json.dumps({"attempt": 1, "host": "lost", "pid": 1}))
-    last = time.time() - lifecycle.STALE_AFTER_S + 3
+    jobs.record(run, "began", job=lineage, lineage=lineage, step=0)
+    (run / "lock").write_text(json.dumps({"attempt": 1, "host": host, "pid": 1}))
+    last = time.time() - lifecycle.STALE_AFTER_S + 4
     os.utime(run / "lock", (last, last))
-    assert script.run(SLURM_RESTART_COUNT="1")[0] == 0
-    assert Path("seen.json").stat().st_mtime > last + lifecycle.STALE_AFTER_S
+    assert script.run(SLURM_RESTART_COUNT="1", SLURM_JOB_NODELIST="here,near")[0] == 0
+    assert (Path("seen.json").stat().st_mtime > last + lifecycle.STALE_AFTER_S) == waits
