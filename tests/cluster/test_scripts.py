@@ -51,8 +51,8 @@ def test_smoke(cluster: Cluster, checkout: Path) -> None:
 def test_prepare_by_an_array_gives_the_shards_of_one_process(cluster: Cluster, checkout: Path) -> None:
     text = checkout / "text"
     text.mkdir()
-    for i in range(4):
-        (text / f"{i}.txt").write_text(f"Document {i}. " * 200)
+    for i in range(60):
+        (text / f"{i}.txt").write_text(f"Document {i}. " * 20)
     words = [str(text), "--output"]
     job = submit(
         cluster, checkout, "--array=1-2", "--cpus-per-task=1", "slurm/prepare.sbatch", *words, checkout / "parts"

@@ -81,7 +81,8 @@ def test_a_chain_of_jobs_each_stopped_by_its_time_limit(cluster: Cluster, config
     job = cluster.submit(config, "--nodes", 2, "--chain", 3, "--run.name", "chain")
     for element in (1, 2):
         cluster.wait_for_attempt(run, element)
-        cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_{element}")
+        # To an element of an array scancel delivers the signal and fails all the same (22.05.8).
+        cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_{element}", check=False)
         assert cluster.wait_for_end(f"{job}_{element}") == "COMPLETED"
         assert status(run)["state"] == "preempted"
     assert cluster.wait_for_end(f"{job}_3") == "COMPLETED"
