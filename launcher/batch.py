@@ -28,25 +28,32 @@ from launcher.topology import SlurmJob, slurm_job
 from mlm_dist.errors import UserError
 from mlm_dist.lifecycle import HEARTBEAT_S, STALE_AFTER_S
 
-REQUEUE = 85  # the job is to be put back into the queue (no exit code of a program, nor 128 + a signal)
+# Codes for the batch script alone; neither a program's nor 128 + a signal.
+DONE, REQUEUE = 84, 85  # nothing is left to do; the job is to be put back into the queue
 USER_ERROR = 2
 REASON = "SLURM's signal: the time limit is near, or the job is preempted"
 TAIL_LINES = 40
 
 
 def begin(run: RunDir, job: SlurmJob) -> int:
-    """Records that the job begins; refuses, with 2, a job that SLURM has restarted into a crash loop."""
-    lines = jobs.records(run.path)
-    step = jobs.crash_loop(lines, job.lineage)
-    if not job.is_first and step is not None:
-        _say(_looping(step))
-        return USER_ERROR
+    """Records that the job begins and prints the run directory. Or says why there is nothing to begin: DONE when an earlier element of the
+    array finished the run, 75 when it was cancelled, 2 when SLURM has restarted it into a crash loop."""
+    lines = [line for line in jobs.records(run.path) if line["lineage"] == job.lineage]
+    if jobs.is_cancelled(lines, job.lineage):
+        _say("cancelled: this job does not begin")
+        return STOPPED
     if not job.is_first:
-        _outwait_lock(run, job, next((r["lineage"] for r in reversed(lines) if r["event"] == "began"), None))
-    reports = report_dir(run, job)
-    shutil.rmtree(reports, ignore_errors=True)
+        if any(line["event"] == "ended" and line.get("state") == "finished" for line in lines):
+            _say(f"run {run.path} is finished; nothing to do")
+            return DONE
+        if loop := jobs.crash_loop(lines, job.lineage):
+            _say(_looping(loop))
+            return USER_ERROR
+        _outwait_lock(run, job, jobs.records(run.path))
+    for line in lines:  # what a job that was cancelled or lost left behind
+        shutil.rmtree(run.job_reports(str(line.get("job"))), ignore_errors=True)
     try:
-        reports.mkdir(parents=True)
+        run.job_reports(job.job_id).mkdir(parents=True, exist_ok=True)
         jobs.record(
             run.path,
             "began",
@@ -65,83 +72,94 @@ def begin(run: RunDir, job: SlurmJob) -> int:
     return 0
 
 
+def _outwait_lock(run: RunDir, job: SlurmJob, lines: Sequence[dict[str, Any]], poll_s: float = 1.0) -> None:
+    """Lets the lock of an earlier start that SLURM ended be taken over.
+
+    On the nodes of this job nothing of an earlier start is left. A rank 0 on another node may be cut off rather than dead, so its
+    lock has to grow old, which a rank 0 that lives does not let it.
+    """
+    before = next((line["lineage"] for line in reversed(lines) if line["event"] == "began"), None)
+    nodes = {_short(name) for name in job.nodes}
+    deadline = time.monotonic() + STALE_AFTER_S + HEARTBEAT_S
+    while (holder := run.holder()) and holder[0] != socket.gethostname() and time.monotonic() < deadline:
+        if before == job.lineage and _short(holder[0]) in nodes:
+            run.age_lock()
+        if not run.is_held():
+            return
+        time.sleep(poll_s)
+
+
+def _short(host: str) -> str:
+    """SLURM's name of a node is often that of its host without the domain."""
+    return host.split(".")[0]
+
+
 def stop(run: RunDir, job: SlurmJob, poll_s: float = 1.0) -> int:
     """Writes `stop_request`, until the verdict: a run that is just starting clears the request that it finds."""
-    while report_dir(run, job).exists():
-        if not run.stop_request.exists() and _is_ours(run, job):
+    while run.job_reports(job.job_id).exists():
+        if not run.stop_request.exists():
             with contextlib.suppress(OSError):
                 run.request_stop(REASON, requeue=True)
         time.sleep(poll_s)
     return 0
 
 
-def _outwait_lock(run: RunDir, job: SlurmJob, before: str | None, poll_s: float = 1.0) -> None:
-    """Lets the lock of an earlier start that SLURM ended be taken over; `before` is the lineage of the job that began last.
-
-    On the nodes of this job nothing of an earlier start is left. A rank 0 on another node may be cut off rather than dead, so its
-    lock has to grow old, which a rank 0 that lives does not let it.
-    """
-    deadline = time.monotonic() + STALE_AFTER_S + HEARTBEAT_S
-    while (holder := run.holder()) and holder[0] != socket.gethostname() and time.monotonic() < deadline:
-        if before == job.lineage and holder[0] in job.nodes:
-            run.age_lock()
-        if run.heartbeat_age() > STALE_AFTER_S:
-            return
-        time.sleep(poll_s)
-
-
-def _is_ours(run: RunDir, job: SlurmJob) -> bool:
-    """Whether no job on other nodes holds the run."""
-    holder = run.holder()
-    return holder is None or holder[0] in job.nodes
-
-
-def verdict(run: RunDir, job: SlurmJob, code: int) -> int:
+def verdict(run: RunDir, job: SlurmJob, code: int, *, early: bool = False) -> int:
     """Says how the ranks ended and records it; returns the batch script's exit code, or REQUEUE.
 
     0: finished, or the next element of the job's array goes on; 75: stopped for good; 2: the user's mistake; else `code`.
-    A crash is requeued unless it is the third in a row from the same checkpoint.
+    A crash is requeued unless the job is in a crash loop, or was cancelled. `early`: SLURM's signal came before there were ranks.
     """
-    began: dict[str, Any] = next(
-        (r for r in reversed(jobs.records(run.path)) if r["event"] == "began" and r.get("job") == job.job_id), {}
-    )
-    status = run.status()
-    fresh = run.status_stamp() != (tuple(began["status"]) if began.get("status") else None)
-    state = status.state if status is not None and (fresh or status.state == "finished") else None
-    if state not in jobs.CLEAN or (state == "finished" and code and not fresh):
-        state = "refused" if code == USER_ERROR else "crashed"
-    jobs.record(run.path, "ended", job=job.job_id, lineage=job.lineage, state=state, code=code)
-    reports = report_dir(run, job)
+    lines = jobs.records(run.path)
+    state = "preempted" if early else _state(run, job, lines, code)
+    try:
+        jobs.record(run.path, "ended", job=job.job_id, lineage=job.lineage, state=state, code=code)
+    except OSError as error:
+        _say(f"{run.path / 'jobs.jsonl'} cannot be written ({error.strerror})")
+    reports = run.job_reports(job.job_id)
     failures = [r for r in read_reports(reports) if r.code not in (0, STOPPED)]
     shutil.rmtree(reports, ignore_errors=True)
+    if state == "finished":
+        return 0
+    status = run.status()
+    cancelled = jobs.is_cancelled(lines, job.lineage)
     if state in jobs.CLEAN:
-        assert status is not None
-        if state == "finished":
-            return 0
-        _say(f"{state} at step {status.step} with a checkpoint ({status.reason})")
-        if state == "cancelled" or not status.requeue:
+        if status is not None and not early:
+            _say(f"{state} at step {status.step} with a checkpoint ({status.reason})")
+        if cancelled or state == "cancelled":
             return STOPPED
         return REQUEUE if job.is_last else 0
     _show(failures, run.logs)
     if state == "refused":
         return USER_ERROR
-    step = jobs.crash_loop(jobs.records(run.path), job.lineage)
-    if step is None:
-        _say(f"the run ended with code {code} and will be started again from its last checkpoint")
-        return REQUEUE
-    _say(_looping(step))
-    return code or 1
+    loop = jobs.crash_loop([*lines, {"event": "ended", "lineage": job.lineage, "state": state}], job.lineage)
+    if cancelled or loop:
+        _say(_looping(loop) if loop else "the run crashed after it was cancelled: it is not started again")
+        return code or 1
+    _say(f"the run ended with code {code}; the job asks to be requeued, to go on from the last checkpoint")
+    return REQUEUE
 
 
-def report_dir(run: RunDir, job: SlurmJob) -> Path:
-    """Where the ranks of a job report how they ended."""
-    return run.logs / f"job-{job.job_id}"
+def _state(run: RunDir, job: SlurmJob, lines: Sequence[dict[str, Any]], code: int) -> str:
+    """finished, preempted, cancelled, refused or crashed: by the run's own word, if it said one since the job began."""
+    mine = [line for line in lines if line["event"] == "began" and line.get("job") == job.job_id]
+    stamp = mine[-1].get("status") if mine else None
+    status, fresh = run.status(), run.status_stamp() != (tuple(stamp) if stamp else None)
+    # A finished run that is started again writes nothing.
+    if status and status.state in jobs.CLEAN and (fresh or (status.state == "finished" and code == 0)):
+        return "cancelled" if status.state == "preempted" and not status.requeue else status.state
+    return "refused" if code == USER_ERROR else "crashed"
 
 
-def _looping(step: int) -> str:
+def _looping(loop: jobs.Loop) -> str:
+    crashed = loop.crashes >= jobs.CRASHES
     return (
-        f"the run crashed {jobs.CRASHES} times in a row "
-        + (f"on the way from the checkpoint of step {step}" if step else "before its first checkpoint")
+        (
+            f"the run crashed {loop.crashes} times in a row "
+            if crashed
+            else f"the job began {loop.starts} times in a row "
+        )
+        + (f"on the way from the checkpoint of step {loop.step}" if loop.step else "before its first checkpoint")
         + ": it is not started again. Look at the messages above, mend what is wrong and submit it once more."
     )
 
@@ -168,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.batch", allow_abbrev=False)
     parser.add_argument("action", choices=("begin", "stop", "verdict"))
     parser.add_argument("--code", type=int, default=0)
+    parser.add_argument("--early", action="store_true")
     args = parser.parse_args(words[:split])
     program = argparse.ArgumentParser(prog="train.sbatch", allow_abbrev=False, add_help=False)
     program.add_argument("--config", type=Path)
@@ -181,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = resolve(known.config, overrides, os.environ)
         if args.action == "begin":
             return begin(run, job)
-        return stop(run, job) if args.action == "stop" else verdict(run, job, args.code)
+        return stop(run, job) if args.action == "stop" else verdict(run, job, args.code, early=args.early)
     except UserError as error:
         _say(str(error))
         return USER_ERROR

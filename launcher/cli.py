@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import hosts_command, runs_command, slurm_command
-from launcher.command import deepspeed_command, environment, shell_line
+from launcher.command import PROGRAM_HELP, deepspeed_command, environment, shell_line
 from launcher.run_dir import resolve
 from launcher.supervise import Supervisor, check_grace
 from launcher.topology import local_topology
@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show the deepspeed launcher's log and every rank's output, not only rank 0's",
     )
-    local.add_argument("--program", default="mlm_dist.train", help=argparse.SUPPRESS)
+    local.add_argument("--program", default="mlm_dist.train", metavar="MODULE", help=PROGRAM_HELP)
     local.set_defaults(run_command=_local)
 
     hosts = commands.add_parser(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from launcher.topology import LocalTopology
 
 # What `launcher.exec` reads from the environment and keeps from the program.
+PROGRAM_HELP = "another module to run as the ranks (default mlm_dist.train), such as mlm_dist.doctor"
 REPORT_DIR = "LAUNCHER_REPORT_DIR"
 LOG_DIR = "LAUNCHER_LOG_DIR"
 LEASE = "LAUNCHER_LEASE"  # seconds; set where the watcher is on another host

@@ -172,7 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(under_slurm)
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         # Left alone, gloo takes the address that the host's own name stands for, which on many systems is 127.0.1.1.
-        interface = interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        meet = os.environ.get("MASTER_ADDR", "localhost")
+        near = meet in ("localhost", "127.0.0.1")
+        # The first host's name may stand for its loopback there; then the way out of it is the best guess (RFC 5737: nobody's address).
+        interface = None if near else interface_towards(meet) or interface_towards("192.0.2.1")
         os.environ.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
     rank = int(os.environ.get("RANK", "0"))
     report_dir = os.environ.get(REPORT_DIR)

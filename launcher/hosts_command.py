@@ -12,7 +12,7 @@ from pathlib import Path
 
 import launcher
 from launcher import hosts
-from launcher.command import GPUS, Call, environment, runner_command, shell_line
+from launcher.command import GPUS, PROGRAM_HELP, Call, environment, runner_command, shell_line
 from launcher.run_dir import RunDir, resolve
 from launcher.supervise import Job, Supervisor, check_grace
 from launcher.topology import LocalTopology, threads_per_rank, torch_is_cpu_build, visible_gpus
@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show the deepspeed launcher's log and every rank's output, not only rank 0's",
     )
-    add("--program", default="mlm_dist.train", help=argparse.SUPPRESS)
+    add("--program", default="mlm_dist.train", metavar="MODULE", help=PROGRAM_HELP)
+    # For slurm/train.sbatch: SLURM sends TERM to the tasks of a job that it preempts.
+    add("--term-requeues", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         lease=None if args.no_ssh else args.lease,
         part=args.no_ssh,
         show_all_ranks=args.verbose,
+        term_requeues=args.term_requeues,
     )
     return supervisor.supervise(job)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlm_dist.errors import UserError
 from mlm_dist.files import write_atomically
+from mlm_dist.lifecycle import STALE_AFTER_S
 
 ENDED = frozenset({"preempted", "cancelled", "finished", "failed"})
 
@@ -71,6 +72,11 @@ class RunDir:
             return None
         return found.st_ino, found.st_mtime_ns, found.st_size
 
+    def status_time(self) -> float | None:
+        """Unix time at which `status.json` was written; None when there is none."""
+        stamp = self.status_stamp()
+        return None if stamp is None else stamp[1] / 1e9
+
     def last_sign_of_life(self) -> float | None:
         """Unix time at which the run last wrote its status, lock or metrics; None when it never did."""
         times = []
@@ -95,6 +101,21 @@ class RunDir:
             return time.time() - (self.path / "lock").stat().st_mtime
         except OSError:
             return math.inf
+
+    def is_held(self) -> bool:
+        """Whether `lock` is there and its holder gave a sign of life of late."""
+        return self.heartbeat_age() < STALE_AFTER_S
+
+    def job_reports(self, job: str) -> Path:
+        """Where the ranks of a SLURM job report how they ended; there as long as the job is at work on the run."""
+        return self.logs / f"job-{job}"
+
+    def is_starting(self, job: str) -> bool:
+        """Whether a SLURM job that runs has not taken `lock` yet: none is there, or one from before the job began. By the file server's clock alone."""
+        try:
+            return (self.path / "lock").stat().st_mtime < self.job_reports(job).stat().st_mtime
+        except OSError:
+            return True
 
     def age_lock(self) -> None:
         """Marks the lock as one whose holder is gone."""

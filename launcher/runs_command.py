@@ -13,15 +13,21 @@ from pathlib import Path
 
 from launcher import jobs
 from launcher.exec import log_path
-from launcher.jobs import JobState, job_state
+from launcher.jobs import JobState, NoAnswer
 from launcher.run_dir import ENDED, RunDir, find_run
 from mlm_dist.errors import UserError
 
 FOLLOW_S = 0.5
+SKEW_S = 60.0  # between clocks, when the run's last word is held against SLURM's
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, or a name under runs/")
+
+
+def _states(run: RunDir) -> list[JobState]:
+    """All that SLURM knows of the run's jobs. Raises NoAnswer when there are some and it cannot be asked."""
+    return [state for lineage in jobs.lineages(jobs.records(run.path)) for state in jobs.job_states(lineage)]
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,18 +37,23 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def status(args: argparse.Namespace, _: list[str]) -> int:
-    """Says how far a run is and how it ended, from its directory and from SLURM."""
+    """Say how far a run is and how it ended, from its directory and from SLURM."""
     run = find_run(args.run)
-    found = run.status()
-    job = _job(run)
-    state, note = outcome(found.state if found else None, job)
+    found, silent = run.status(), ""
+    try:
+        job = jobs.most_telling(_states(run))
+    except NoAnswer as error:
+        job, silent = None, f"SLURM cannot be asked: {error}"
+    state, note = outcome(found.state if found else None, job, said=run.status_time())
     step, checkpoint = (found.step if found else 0), jobs.newest_step(run.path)
     if args.json:
         facts = asdict(found) if found else {"requeue": False, "step": 0, "reason": ""}
         slurm = {"slurm": asdict(job)} if job else {}
-        print(json.dumps({**facts, "state": state, "checkpoint": checkpoint, **slurm}))
+        print(
+            json.dumps({**facts, "state": state, "reason": note or facts["reason"], "checkpoint": checkpoint, **slurm})
+        )
         return 0
-    reason = note or (found.reason if found else "")
+    reason = note or (found.reason if found and state == found.state else "")
     print(f"{run.path}: {state} at step {step}" + (f" ({reason})" if reason else ""))
     if checkpoint:
         print(f"newest checkpoint: step {checkpoint}")
@@ -52,32 +63,31 @@ def status(args: argparse.Namespace, _: list[str]) -> int:
             + (f" ({job.reason})" if job.reason else "")
             + (f" on {job.nodes}" if job.nodes else "")
         )
+    if silent:
+        print(silent)
     seen = run.last_sign_of_life()
     if state not in ENDED and seen is not None and found is not None:
         print(f"last sign of life {max(0, round(time.time() - seen))} s ago")
     return 0
 
 
-def outcome(state: str | None, job: JobState | None) -> tuple[str, str]:
-    """The state of a run whose own word is `state` (None: it has said nothing yet) and whose job is as SLURM says; and why.
+def outcome(state: str | None, job: JobState | None, said: float | None = None) -> tuple[str, str]:
+    """The state of a run whose own word is `state` (None: it has said nothing yet), given at the Unix time `said`, and whose job is as SLURM says; and why.
 
-    A job that SLURM ended could not always write its last word, so SLURM has it.
+    A job that SLURM ended could not always write its last word, so SLURM has it, unless the run went on elsewhere.
     """
-    if job is not None and job.state == "CANCELLED" and state != "finished":
-        return "cancelled", f"by SLURM: job {job.job} was cancelled"
-    if job is None or state in ("finished", "cancelled", "failed"):
+    if job is not None and job.live:
+        if job.state in ("PENDING", "REQUEUED", "CONFIGURING"):
+            return "waiting", ""
+        return ("starting" if state is None or state in ENDED - {"finished"} else state), ""
+    elsewhere = job is not None and None not in (job.end, said) and said > job.end + SKEW_S  # type: ignore[operator]
+    if job is None or elsewhere or state == "finished":
         return state or "unknown", ""
-    if job.live:
-        waiting = job.state in ("PENDING", "REQUEUED", "CONFIGURING")
-        return ("waiting" if waiting else state or "starting"), ""
-    if state == "preempted":
-        return state, ""
+    if job.state == "CANCELLED":
+        return "cancelled", f"by SLURM: job {job.job} was cancelled"
+    if state in ENDED:
+        return str(state), ""
     return "failed", f"SLURM: job {job.job} {job.state}"
-
-
-def _job(run: RunDir) -> JobState | None:
-    job = jobs.newest_job(run.path)
-    return None if job is None else job_state(job)
 
 
 def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +101,7 @@ def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def logs(args: argparse.Namespace, _: list[str]) -> int:
-    """Prints the end of a run's log."""
+    """Print the end of a run's log."""
     if args.lines < 0:
         raise UserError(f"--lines {args.lines}: must be 0 or more")
     run = find_run(args.run)
@@ -101,7 +111,11 @@ def logs(args: argparse.Namespace, _: list[str]) -> int:
         raise UserError(
             f"{run.path}: no such log"
             + (f"; there are {', '.join(there)}" if there else "")
-            + ("" if args.rank else "; under mlm-launch local rank 0 writes to the terminal")
+            + (
+                ""
+                if args.rank
+                else "; rank 0's output is in a file only of jobs that `mlm-launch slurm` submitted and that have begun"
+            )
         )
     with path.open(errors="replace") as file:
         sys.stdout.writelines(deque(file, args.lines))
@@ -121,7 +135,12 @@ def _newest_log(run: RunDir) -> Path | None:
 
 def _has_ended(run: RunDir) -> bool:
     found = run.status()
-    return found is not None and found.state in ENDED and not found.requeue
+    if found is None or found.state not in ENDED:
+        return False
+    try:
+        return not any(state.live for state in _states(run))
+    except NoAnswer:
+        return not found.requeue
 
 
 def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,56 +150,73 @@ def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cancel(args: argparse.Namespace, _: list[str]) -> int:
-    """Lets a run write a checkpoint and end, and takes its waiting SLURM jobs from the queue."""
+    """Let a run write a checkpoint and end, and take its waiting SLURM jobs from the queue."""
     run = find_run(args.run)
-    waiting = _cancel_waiting(run)
-    for name in waiting:
-        print(f"{run.path}: SLURM job {name} taken from the queue")
-    found, job = run.status(), _job(run)
-    live = job is not None and job.live
-    if not live and (waiting or (found is not None and found.state in ENDED)):
-        if not waiting:
+    running, taken = _cancel_jobs(run)
+    found, before = run.status(), run.status_stamp()
+    if not running and (taken or (found is not None and found.state in ENDED and not run.is_held())):
+        if not taken:
             print(f"{run.path}: already {found.state if found else 'ended'}; nothing to cancel")
         return 0
-    if job is not None and live and run.holder() is None:
-        # It has not come so far that it could write a checkpoint, or hear a request.
-        subprocess.run(["scancel", job.job], timeout=30)
-        print(f"{run.path}: SLURM job {job.job}, which was still starting, is cancelled")
-        return 0
-    deadline = time.monotonic() + args.wait
-    asked = False
-    while True:
-        # Again if need be: a run that is just starting clears the request that it finds.
-        if not run.stop_request.exists():
-            try:
-                run.request_stop("mlm-launch cancel")
-            except OSError as error:
-                raise UserError(f"{run.path}: cannot write the request to stop ({error})") from None
-        if not asked:
-            print(f"{run.path}: asked to write a checkpoint and end")
-            asked = True
-        if args.wait <= 0:
+    for job in running:
+        if run.is_starting(job):
+            # It has not come so far that it could write a checkpoint, or hear a request.
+            _scancel(job)
+            print(f"{run.path}: SLURM job {job}, which was still starting, is cancelled")
             return 0
+    _request(run)
+    print(f"{run.path}: asked to write a checkpoint and end")
+    deadline = time.monotonic() + args.wait
+    while args.wait > 0:
         found = run.status()
-        if found is not None and found.state in ENDED:
-            run.stop_request.unlink(missing_ok=True)
+        if found is not None and found.state in ENDED and run.status_stamp() != before:
             print(f"{run.path}: {found.state} at step {found.step}")
             return 0
         if time.monotonic() > deadline:
             print(f"mlm-launch: {run.path}: still running after {args.wait:g} s", file=sys.stderr)
             return 1
+        if not run.stop_request.exists() and run.is_held():
+            _request(run)  # a start that had just begun has cleared it
         time.sleep(0.2)
+    return 0
 
 
-def _cancel_waiting(run: RunDir) -> list[str]:
-    """Takes the run's pending jobs and array elements from the queue; returns their numbers."""
-    found = []
-    for lineage in dict.fromkeys(str(r["lineage"]) for r in jobs.records(run.path) if "lineage" in r):
-        state = job_state(lineage)
-        if state is None or not state.live:
+def _request(run: RunDir) -> None:
+    """Over a request that is there: that of a time limit would have the job requeued."""
+    try:
+        run.request_stop("mlm-launch cancel")
+    except OSError as e:
+        raise UserError(f"{run.path}: cannot write the request to stop ({e})") from None
+
+
+def _cancel_jobs(run: RunDir) -> tuple[list[str], bool]:
+    """Takes the run's waiting jobs from the queue, and has none of its jobs begin or be requeued any more; those that run, and whether any waited."""
+    running, taken = [], False
+    for lineage in jobs.lineages(jobs.records(run.path)):
+        try:
+            states = [state for state in jobs.job_states(lineage) if state.live]
+        except NoAnswer as error:
+            raise UserError(
+                f"{run.path}: SLURM job {lineage} may wait or run, and SLURM cannot be asked: {error}"
+            ) from None
+        if not states:
             continue
-        command = ["squeue", "--noheader", "--array", "--states=PENDING", "--format=%i", f"--jobs={lineage}"]
-        waiting = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
-        if waiting and subprocess.run(["scancel", "--state=PENDING", lineage], timeout=30).returncode == 0:
-            found += waiting
-    return found
+        try:
+            jobs.record(run.path, "cancel", lineage=lineage)
+        except OSError as error:
+            raise UserError(f"{run.path}: cannot be written ({error.strerror})") from None
+        running += [state.job for state in states if state.state not in ("PENDING", "REQUEUED", "COMPLETING")]
+        if any(state.state == "PENDING" for state in states):
+            taken = True
+            _scancel("--state=PENDING", lineage)
+            print(f"{run.path}: SLURM job {lineage}: what waited is taken from the queue")
+    return running, taken
+
+
+def _scancel(*words: str) -> None:
+    try:
+        done = subprocess.run(["scancel", *words], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"scancel {' '.join(words)}: {error}") from None
+    if done.returncode:
+        raise UserError(f"scancel {' '.join(words)}: {done.stderr.strip()}")

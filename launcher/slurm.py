@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class Request:
         gpus_per_node: GPUs on each.
         chain: how many jobs, one after the other.
         signal_s: seconds before the time limit at which the batch script is told.
-        options: any other option of sbatch, by its long name: {"account": "x"}; an empty value stands for a bare flag.
+        time: the time limit as SLURM writes them, such as 12:00:00.
+        options: any other option of sbatch, by its long name: {"account": "x"}; None stands for a bare flag.
         words: further words for sbatch as they are.
     """
 
@@ -29,7 +31,8 @@ class Request:
     gpus_per_node: int | None = None
     chain: int = 1
     signal_s: int = 300
-    options: Mapping[str, str] | None = None
+    time: str | None = None
+    options: Mapping[str, str | None] | None = None
     words: Sequence[str] = ()
 
     def check(self) -> None:
@@ -50,6 +53,15 @@ class Request:
             )
         if self.signal_s > 65535:
             raise UserError(f"--signal-time {self.signal_s}: SLURM takes at most 65535 seconds")
+        for option, word in (self.options or {}).items():
+            if word is not None and not word.strip():
+                raise UserError(f"--{option}: is empty; leave it out for the site's default")
+        limit = None if self.time is None else time_limit_s(self.time)
+        if limit is not None and limit <= 2 * self.signal_s:
+            raise UserError(
+                f"--time {self.time}: must be more than twice --signal-time ({self.signal_s} s), at which the run is stopped before it; "
+                "else a job would hardly train between its start and its stop"
+            )
 
 
 def sbatch_command(request: Request, run: Path, name: str, script: Path, args: Sequence[str]) -> list[str]:
@@ -75,11 +87,35 @@ def sbatch_command(request: Request, run: Path, name: str, script: Path, args: S
     ]
     if request.gpus_per_node is not None:
         command.append(f"--gpus-per-node={request.gpus_per_node}")
+    if request.time is not None:
+        command.append(f"--time={request.time}")
     if request.chain > 1:
         command.append(f"--array=1-{request.chain}%1")  # one at a time, in their order
     for option, value in (request.options or {}).items():
-        command.append(f"--{option}={value}" if value else f"--{option}")
+        command.append(f"--{option}" if value is None else f"--{option}={value}")
     return [*command, *request.words, str(script), *args]
+
+
+def time_limit_s(text: str) -> int | None:
+    """Seconds of a time limit: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; None for no limit.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if text.upper() in ("INFINITE", "UNLIMITED", "-1", "0"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(f"--time {text}: must be minutes, HH:MM:SS or D-HH:MM:SS")
+    days, *rest = match.groups()
+    numbers = [int(n) for n in rest if n is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def sbatch_variables(text: str, where: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from launcher import jobs
+from launcher.command import PROGRAM_HELP
 from launcher.run_dir import resolve
 from launcher.slurm import Request, sbatch_command, sbatch_variables
 from mlm_dist.errors import UserError
@@ -23,7 +24,6 @@ HANDED_ON = [
     (["-p", "--partition"], "partition"),
     (["--qos"], "quality of service"),
     (["-C", "--constraint"], "features that the nodes must have"),
-    (["-t", "--time"], "time limit, such as 12:00:00"),
     (["-c", "--cpus-per-task"], "cores of each rank"),
     (["--mem"], "memory of each node"),
 ]
@@ -39,7 +39,7 @@ SETTINGS = {
     "--container-mounts": ("MLM_CONTAINER_MOUNTS", "what the container sees: FROM:TO[,...]"),
     "--stage": ("MLM_STAGE_DIR", "directory on each node's own disk to copy the shards to first"),
     "--cpu-bind": ("MLM_CPU_BIND", "srun's --cpu-bind (default cores)"),
-    "--program": ("MLM_PROGRAM", argparse.SUPPRESS),
+    "--program": ("MLM_PROGRAM", PROGRAM_HELP),
 }
 
 
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs a node")
     for flags, text in HANDED_ON:
         parser.add_argument(*flags, metavar="X", help=text)
+    parser.add_argument("-t", "--time", metavar="X", help="time limit, such as 12:00:00")
     parser.add_argument(
         "--sbatch",
         action="append",
@@ -110,8 +111,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         print(done.stdout, end="")
         return done.returncode
     job = done.stdout.strip().split(";")[0]  # JOB or JOB;CLUSTER
-    jobs.record(run_dir.path, "submitted", job=job, lineage=job)
-    print(f"{run_dir.path}: job {job} submitted")
+    print(f"{run_dir.path}: job {job} submitted", flush=True)
+    try:
+        jobs.record(run_dir.path, "submitted", job=job, lineage=job)
+    except OSError as error:
+        raise UserError(
+            f"{run_dir.path / 'jobs.jsonl'}: cannot be written ({error.strerror}), so status and cancel will not know job {job}"
+        ) from None
     print(f"  mlm-launch status {shlex.quote(str(run_dir.path))}    how it stands; likewise logs -f, cancel")
     return 0
 
@@ -119,13 +125,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 def plan(args: argparse.Namespace, overrides: list[str], environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """The sbatch command, and the variables that its environment has beyond `environ`. Raises UserError."""
     run_dir = resolve(Path(args.config), overrides, environ)
-    site = args.cluster_env or Path(environ.get("MLM_CLUSTER_ENV") or CLUSTER_ENV)
     changed = {"MLM_SLURM_DIR": str(SCRIPT.parent)}
-    if site.is_file():
+    named = args.cluster_env or environ.get("MLM_CLUSTER_ENV")
+    site = None if named == "" else Path(named or CLUSTER_ENV)
+    if site and site.is_file():
         changed |= {k: v for k, v in sbatch_variables(site.read_text(), str(site)).items() if k not in environ}
         changed["MLM_CLUSTER_ENV"] = str(site.absolute())
-    elif args.cluster_env:
-        raise UserError(f"--cluster-env {args.cluster_env}: no such file")
+    elif named:
+        raise UserError(f"--cluster-env {named}: no such file")
     for flag, (variable, _) in SETTINGS.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value is not None:
@@ -134,27 +141,31 @@ def plan(args: argparse.Namespace, overrides: list[str], environ: dict[str, str]
         ("--via", "MLM_VIA", ("srun", "deepspeed")),
         ("--container-runtime", "MLM_CONTAINER_RUNTIME", ("pyxis", "apptainer")),
     ]:
-        if changed.get(variable, allowed[0]) not in allowed:
-            raise UserError(f"{flag} {changed[variable]}: must be {' or '.join(allowed)}")
+        value = changed.get(variable, environ.get(variable)) or allowed[0]
+        if value not in allowed:
+            raise UserError(f"{flag} {value}: must be {' or '.join(allowed)}")
     elsewhere = {"MLM_CONDA", "MLM_VENV", "MLM_CONTAINER", "MLM_PYTHON"} & {*changed, *environ}
     if not elsewhere and not (
-        site.is_file() and re.search(r"^\s*(export )?MLM_(CONDA|VENV|CONTAINER|PYTHON)=", site.read_text(), re.M)
+        site
+        and site.is_file()
+        and re.search(r"^\s*(export )?MLM_(CONDA|VENV|CONTAINER|PYTHON)=", site.read_text(), re.M)
     ):
         changed["MLM_PYTHON"] = sys.executable
-    options = {
+    options: dict[str, str | None] = {
         name: value
         for flags, _ in HANDED_ON
         if (value := getattr(args, (name := flags[-1].removeprefix("--")).replace("-", "_"))) is not None
     }
-    options["no-requeue" if args.no_requeue else "requeue"] = ""
+    options["no-requeue" if args.no_requeue else "requeue"] = None
     if args.test_only:
-        options["test-only"] = ""
+        options["test-only"] = None
     request = Request(
         nodes=args.nodes,
         tasks_per_node=_tasks_per_node(args),
         gpus_per_node=args.gpus_per_node,
         chain=args.chain,
         signal_s=args.signal_time,
+        time=args.time or changed.get("SBATCH_TIMELIMIT") or environ.get("SBATCH_TIMELIMIT"),
         options=options,
         words=args.sbatch,
     )

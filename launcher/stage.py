@@ -1,7 +1,7 @@
 """Copies the shards that a run reads to a disk of the node, before the run starts.
 
     python -m launcher.stage copy DIR -- ARGS      once a node; ARGS are the program's
-    python -m launcher.stage flags DIR -- ARGS     prints the flags that make the program read them there
+    python -m launcher.stage flags DIR -- ARGS     prints the flags that make the program read them there, quoted for a shell
 
 A manifest and its shards are copied with their relative paths, so the data is the same to the bit: which paths they lie under
 enters nothing. What is there already with the right size stays.
@@ -10,9 +10,11 @@ enters nothing. What is there already with the right size stays.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -50,8 +52,8 @@ def staged(config: Path, overrides: Sequence[str], environ: Mapping[str, str], d
         source = Path(str(keys[key])).absolute()
         if "://" in str(keys[key]) or not source.is_file():
             raise UserError(f"--stage: {key} {str(keys[key])!r} is no file; for data on servers use data.cache_dir")
-        # Two corpora may have the same name.
-        place = hashlib.sha256(str(source.parent).encode()).hexdigest()[:16]
+        # By content: a corpus that is prepared anew at the same path has new shards, often of the same sizes.
+        place = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
         found.append(Staged(key, source, directory / place / source.name))
     return found
 
@@ -70,8 +72,14 @@ def copy(item: Staged) -> tuple[int, int]:
         if "://" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise UserError(f"--stage: {str(item.source)!r} names {path!r}, which is not within its directory")
     base = item.target.parent
-    absent = {path: size for path, size in shards.items() if _size(base / path) != size}
     base.mkdir(parents=True, exist_ok=True)
+    with (base / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another job on this node may be copying the same
+        return _copy_absent(item, base, shards)
+
+
+def _copy_absent(item: Staged, base: Path, shards: Mapping[str, int]) -> tuple[int, int]:
+    absent = {path: size for path, size in shards.items() if _size(base / path) != size}
     free = shutil.disk_usage(base).free
     if sum(absent.values()) > free:
         raise UserError(
@@ -87,7 +95,7 @@ def copy(item: Staged) -> tuple[int, int]:
 def _copy(source: Path, target: Path) -> None:
     """Under another name first: what has the right name is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}")
+    part = target.with_name(f".{target.name}.part")
     try:
         shutil.copyfile(source, part)
         part.replace(target)
@@ -119,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         items = staged(known.config, overrides, os.environ, args.directory)
         if args.action == "flags":
-            sys.stdout.write("".join(f"--{i.key}={i.target}\0" for i in items))
+            print(shlex.join(f"--{i.key}={i.target}" for i in items))
             return 0
         for item in items:
             start = time.monotonic()

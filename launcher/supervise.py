@@ -86,7 +86,8 @@ class Supervisor:
     this host, and the others have launchers of their own.
 
     The first INT, TERM or HUP writes `run/stop_request` and waits `grace` seconds for the run to checkpoint and end; a
-    second one, or the end of the grace time, kills it. USR1 writes the request with `requeue` and kills nothing.
+    second one, or the end of the grace time, kills it. USR1, and with `term_requeues` TERM, writes the request with
+    `requeue` and kills nothing.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Supervisor:
         lease: float | None = None,
         part: bool = False,
         show_all_ranks: bool = False,
+        term_requeues: bool = False,
     ) -> None:
         self.run = run
         self.ranks = ranks
@@ -109,7 +111,8 @@ class Supervisor:
         self._reports: dict[int, Report] = {}  # by rank, the earliest first
         self._holder = run.holder()  # of the run directory before this job began
         self._signals: list[int] = []
-        self._requeue = False
+        self._requeue_on = {signal.SIGUSR1, *([signal.SIGTERM] if term_requeues else [])}
+        self._requeue: int | None = None  # the signal that asked for it
         self._reason: str | None = None  # of the stop asked for, if one was
         self._requested = False  # whether the request lies in the run directory
         self._killed_by: int | None = None
@@ -157,9 +160,9 @@ class Supervisor:
     def _make_reports_dir(self) -> Path:
         if self._lease_s is None:
             return Path(tempfile.mkdtemp(prefix="mlm-launch-"))
-        path = self.run.logs.absolute() / f"launch-{socket.gethostname()}-{os.getpid()}"
         try:
-            path.mkdir(parents=True)
+            self.run.logs.mkdir(parents=True, exist_ok=True)
+            path = Path(tempfile.mkdtemp(prefix=f"launch-{socket.gethostname()}-", dir=self.run.logs.absolute()))
         except OSError as e:
             raise UserError(f"{self.run.path}: cannot make the run's directory ({e})") from None
         return path
@@ -191,8 +194,8 @@ class Supervisor:
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
         def note(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGUSR1:
-                self._requeue = True
+            if number in self._requeue_on:
+                self._requeue = number
             else:
                 self._signals.append(number)
 
@@ -222,7 +225,7 @@ class Supervisor:
             elif not tree.alive() and not self._live_elsewhere():
                 return
             if (self._signals or self._requeue) and self._reason is None:
-                name = "SIGUSR1" if self._requeue else signal.Signals(self._signals[0]).name
+                name = signal.Signals(self._requeue or self._signals[0]).name
                 stop_deadline = self._ask_to_stop(tree, f"mlm-launch received {name}", "once more to kill it")
             if len(self._signals) > 1:
                 say("killing what is left")
@@ -291,7 +294,7 @@ class Supervisor:
         holder = self.run.holder()
         if holder is None or self._is_ours(tree, *holder):  # else another start's, and ours is about to be refused
             with contextlib.suppress(OSError):
-                self.run.request_stop(self._reason, requeue=self._requeue)
+                self.run.request_stop(self._reason, requeue=self._requeue is not None)
                 self._requested = True
 
     def _is_ours(self, tree: ProcessTree, host: str, pid: int) -> bool:

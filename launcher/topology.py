@@ -240,7 +240,7 @@ def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
     share = int(environ.get("SLURM_CPUS_ON_NODE") or cpu_count()) // here
     threads = int(environ.get("SLURM_CPUS_PER_TASK") or share)
     number = int(environ.get("SLURM_JOB_ID") or 0) + 37 * int(environ.get("SLURM_STEP_ID") or 0)
-    return {
+    found = {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"],
         "LOCAL_RANK": "0" if bound else environ["SLURM_LOCALID"],
@@ -248,6 +248,10 @@ def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": environ.get("MASTER_PORT") or str(20000 + number % 10000),
         "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, min(threads, cpu_count()))),
     }
+    # The first node towards another one: its own name may stand for the loopback.
+    if len(nodes) > 1 and "GLOO_SOCKET_IFNAME" not in environ and (name := interface_towards(nodes[node == 0])):
+        found["GLOO_SOCKET_IFNAME"] = name
+    return found
 
 
 def interface_towards(host: str) -> str | None:

@@ -5,20 +5,24 @@
 #       in_front  words before a command that runs in the container, by apptainer
 # shellcheck shell=bash disable=SC2034 # used by those who source it
 
+set +u # what sites define is not ours to mend
+
 # ---- cluster.env, under what is set already
 site=${MLM_CLUSTER_ENV-slurm/cluster.env}
 if [[ -n $site && -f $site ]]; then
 	declare -A given=()
-	for name in ${!MLM_@}; do given[$name]=${!name}; done
+	for name in ${!MLM_@} ${!GLOO_@} ${!NCCL_@} ${!UCX_@} ${!OMP_@} ${!TORCH_@} ${!WANDB_@} ${!HF_@}; do given[$name]=${!name}; done
 	set -a
 	# shellcheck source=/dev/null
 	source "$site"
 	set +a
 	for name in "${!given[@]}"; do export "$name=${given[$name]}"; done
+elif [[ -n ${MLM_CLUSTER_ENV-} ]]; then
+	echo "MLM_CLUSTER_ENV: no file '$MLM_CLUSTER_ENV'" >&2
+	return 2
 fi
 
 # ---- The software
-set +u # what sites define is not ours to mend
 if [[ -n ${MLM_MODULES-} ]]; then
 	# shellcheck source=/dev/null
 	type module >/dev/null 2>&1 || source /etc/profile
@@ -39,7 +43,7 @@ python=${MLM_PYTHON-python}
 pyxis=()    # options of srun
 in_front=() # words before the command
 if [[ -n ${MLM_CONTAINER-} ]]; then
-	mounts=${MLM_CONTAINER_MOUNTS-$PWD:$PWD}
+	mounts=${MLM_CONTAINER_MOUNTS-$PWD:$PWD}${MLM_STAGE_DIR:+,$MLM_STAGE_DIR:$MLM_STAGE_DIR}
 	case ${MLM_CONTAINER_RUNTIME-pyxis} in
 	pyxis)
 		pyxis=(--container-image="$MLM_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")

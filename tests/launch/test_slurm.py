@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,10 @@ from hypothesis import strategies as st
 from launcher import batch, jobs, slurm_command, stage
 from launcher.cli import make_parser
 from launcher.exec import Report, write_report
-from launcher.jobs import JobState, crash_loop, parse_scontrol
+from launcher.jobs import JobState, crash_loop, most_telling, parse_scontrol
 from launcher.run_dir import RunDir
 from launcher.runs_command import outcome
-from launcher.slurm import Request, sbatch_command, sbatch_variables
+from launcher.slurm import Request, sbatch_command, sbatch_variables, time_limit_s
 from launcher.topology import SlurmJob, expand_nodes, slurm_job, slurm_rank
 from mlm_dist import lifecycle
 from mlm_dist.errors import UserError
@@ -73,10 +75,13 @@ def task(rank: int, **more: str) -> dict[str, str]:
 
 def test_ranks_of_a_step_agree_on_where_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.topology.cpu_count", lambda: 6)
+    monkeypatch.setattr("launcher.topology.interface_towards", lambda host: f"to-{host}")
     ranks = [slurm_rank(task(r)) for r in range(5)]
     assert [r["RANK"] for r in ranks] == list("01234")
     assert [r["LOCAL_RANK"] for r in ranks] == list("01010")
     assert [r["OMP_NUM_THREADS"] for r in ranks] == list("33336")
+    # The first node's own name may stand for its loopback.
+    assert [r["GLOO_SOCKET_IFNAME"] for r in ranks] == ["to-node2", "to-node2", *3 * ["to-node1"]]
     meeting = {(r["WORLD_SIZE"], r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks}
     assert len(meeting) == 1
     world, address, port = meeting.pop()
@@ -173,6 +178,40 @@ def test_a_chain_is_an_array_that_runs_one_by_one() -> None:
 def test_requests_that_no_allocation_can_meet(request_: Request, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         request_.check()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("2:30", 150),
+        ("01:02:03", 3723),
+        ("1-2", 93600),
+        ("1-2:03", 93780),
+        ("1-02:03:04", 93784),
+        ("INFINITE", None),
+    ],
+)
+def test_time_limits(text: str, seconds: int | None) -> None:
+    assert time_limit_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "1:2:3:4", "", "-5"])
+def test_time_limits_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="--time"):
+        time_limit_s(text)
+
+
+def test_a_limit_that_leaves_no_time_to_train_is_refused() -> None:
+    with pytest.raises(UserError, match="--time 10: must be more than twice --signal-time"):
+        Request(time="10").check()
+    Request(time="11").check()
+    Request(time="2", signal_s=30).check()
+
+
+def test_an_empty_option_is_refused_rather_than_swallow_the_next() -> None:
+    with pytest.raises(UserError, match="--account: is empty"):
+        Request(options={"account": "", "no-requeue": None}).check()
 
 
 def test_site_file_values_that_are_needed_before_the_job() -> None:
@@ -274,7 +313,7 @@ def test_what_the_dry_run_prints_is_what_is_executed(config: Path, fakes: Path) 
     assert real_env["SBATCH_ACCOUNT"] == "my account"
     assert "job 77 submitted" in done
     run = Path("runs") / 'it\'s "x"; $HOME'
-    assert jobs.newest_job(run) == "77"
+    assert jobs.lineages(jobs.records(run)) == ["77"]
     assert (run / "logs").is_dir()
     assert not Path("boom").exists()
 
@@ -342,6 +381,7 @@ class Script:
             "SLURMD_NODENAME": "here",
             "SLURM_NNODES": "1",
             "SLURM_NTASKS": "1",
+            "SLURM_CPUS_ON_NODE": "2",
             "MLM_PROGRAM": "program",
             "MLM_PYTHON": sys.executable,
             "MLM_SLURM_DIR": str(ROOT / "slurm"),
@@ -366,6 +406,13 @@ class Script:
         return [argv for argv, _ in calls_of(self.scontrol)] == [["requeue", "55"]]
 
 
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def script(config: Path, fakes: Path) -> Script:
     return Script(config.parent, fakes)
@@ -385,8 +432,7 @@ def test_script_hands_on_its_arguments_untouched(script: Script) -> None:
 def test_script_turns_slurms_signal_into_a_checkpoint_and_a_requeue(script: Script) -> None:
     process = script.start(state="wait", code=75)
     try:
-        while not Path("waiting").exists():
-            assert process.poll() is None
+        wait_for(Path("waiting"), process)
         process.send_signal(10)  # USR1, and the script alone gets it
         error = process.communicate(timeout=60)[1]
     finally:
@@ -397,12 +443,48 @@ def test_script_turns_slurms_signal_into_a_checkpoint_and_a_requeue(script: Scri
     assert jobs.records(Path("runs/job"))[-1]["state"] == "preempted"
 
 
+def test_signal_before_there_are_ranks_requeues_at_once(script: Script, fakes: Path) -> None:
+    fake(fakes, "srun", "import time, pathlib; pathlib.Path('staging').touch(); time.sleep(60)")
+    process = script.start(MLM_STAGE_DIR="scratch")
+    try:
+        wait_for(Path("staging"), process)
+        process.send_signal(10)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0, error
+    assert script.requeued and not Path("seen.json").exists()
+    assert jobs.records(Path("runs/job"))[-1]["state"] == "preempted"
+
+
+def test_script_stages_and_tells_the_program(script: Script) -> None:
+    corpus = script.here / "my corpus"
+    corpus.mkdir()
+    (corpus / "0.tar").write_bytes(b"x" * 10)
+    (corpus / "manifest.json").write_text(json.dumps({"shards": [{"path": "0.tar", "size": 10}]}))
+    stage_dir = script.here / "scratch dir"
+    code, error = script.run("--data.manifest", str(corpus / "manifest.json"), MLM_STAGE_DIR=str(stage_dir))
+    assert code == 0, error
+    argv = json.loads(Path("seen.json").read_text())[0]
+    assert argv[:-1] == ["--config", "job.yaml", "--data.manifest", str(corpus / "manifest.json")]
+    (copied,) = stage_dir.rglob("manifest.json")
+    assert argv[-1] == f"--data.manifest={copied}"
+    # A disk that fails is no mistake of the user's: the job goes on elsewhere, or ends as a crash loop.
+    (corpus / "0.tar").unlink()
+    (copied.parent / "0.tar").unlink()
+    assert script.run("--data.manifest", str(corpus / "manifest.json"), MLM_STAGE_DIR=str(stage_dir))[0] == 2
+
+
 def test_in_a_chain_the_next_job_goes_on_and_nothing_is_requeued(script: Script) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "50", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "3"}
     assert script.run(state="preempted", code=75, SLURM_ARRAY_TASK_ID="1", **array)[0] == 0
     assert not script.requeued
     assert script.run(state="preempted", code=75, SLURM_ARRAY_TASK_ID="3", **array)[0] == 0
     assert script.requeued
+    assert script.run(SLURM_ARRAY_TASK_ID="2", **array)[0] == 0  # finishes the run
+    Path("seen.json").unlink()
+    code, error = script.run(SLURM_ARRAY_TASK_ID="3", **array)
+    assert code == 0 and "is finished; nothing to do" in error and not Path("seen.json").exists()
 
 
 @pytest.mark.parametrize(("code", "state", "expected"), [(2, "", 2), (75, "cancelled", 75)])
@@ -444,13 +526,14 @@ def test_script_brings_the_job_to_its_software(script: Script) -> None:
     venv.mkdir(parents=True)
     (venv / "activate").write_text("export ACTIVATED=yes\n")
     (script.here / "site.env").write_text(
-        f"MLM_VENV='{venv.parent}'\nMLM_MODULES='cuda/12 gcc/13'\nOF_THE_SITE='a b'\nMLM_PYTHON=/nowhere\n"
+        f"MLM_VENV='{venv.parent}'\nMLM_MODULES='cuda/12 gcc/13'\nOF_THE_SITE='a b'$NOT_SET\nMLM_PYTHON=/nowhere\nGLOO_SOCKET_IFNAME=x\n"
         'module() { echo "$@" >>modules; }\n'
     )
-    code, error = script.run(MLM_CLUSTER_ENV="site.env")
+    code, error = script.run(MLM_CLUSTER_ENV="site.env", GLOO_SOCKET_IFNAME="mine")
     assert code == 0, error
     env = json.loads(Path("seen.json").read_text())[1]
-    assert (env["ACTIVATED"], env["OF_THE_SITE"]) == ("yes", "a b")
+    assert (env["ACTIVATED"], env["OF_THE_SITE"], env["GLOO_SOCKET_IFNAME"]) == ("yes", "a b", "mine")
+    assert script.run(MLM_CLUSTER_ENV="typo.env")[0] == 2
     assert Path("modules").read_text() == "load cuda/12 gcc/13\n"
     missing = script.run(MLM_CONDA="x", PATH=f"{script.fakes}:/usr/bin:/bin")
     assert missing[0] == 2
@@ -489,23 +572,35 @@ def ended(state: str, lineage: str = "1") -> dict[str, object]:
     ("lines", "loop"),
     [
         ([], None),
-        ([began(5), began(5)], None),
-        ([began(5), began(5), began(5)], 5),
-        ([began(5), ended("crashed"), began(5), ended("crashed"), began(5), ended("crashed")], 5),
-        ([began(5), began(5), began(6)], None),  # it got on
-        ([began(5), began(5), ended("preempted"), began(5)], None),
-        ([began(5), began(5, "2"), began(5), began(5, "2")], None),
-        ([{"event": "submitted", "job": "1"}, began(0), began(0), began(0)], 0),
+        ([began(5), ended("crashed"), began(5), ended("crashed")], None),
+        ([began(5), ended("crashed"), began(5), ended("crashed"), began(5), ended("crashed")], (5, 3, 3)),
+        (3 * [began(5)], None),  # nodes that were lost
+        ([began(5), *2 * [began(5), ended("crashed")], began(5), ended("crashed")], (5, 4, 3)),
+        (10 * [began(0)], (0, 10, 0)),
+        ([*2 * [began(5), ended("crashed")], began(6), ended("crashed")], None),  # it got on
+        ([*2 * [began(5), ended("crashed")], began(5), ended("preempted"), began(5), ended("crashed")], None),
+        ([*2 * [began(5), ended("crashed")], began(5, "2"), ended("crashed", "2")], None),
+        ([{"event": "submitted", "lineage": "1"}, *3 * [began(0), ended("crashed")]], (0, 3, 3)),
     ],
 )
-def test_crash_loops(lines: list[dict[str, object]], loop: int | None) -> None:
-    assert crash_loop(lines, "1") == loop
+def test_crash_loops(lines: list[dict[str, object]], loop: tuple[int, int, int] | None) -> None:
+    assert crash_loop(lines, "1") == (jobs.Loop(*loop) if loop else None)
+
+
+def test_a_record_that_a_crash_tore_loses_no_other(tmp_path: Path) -> None:
+    jobs.record(tmp_path, "began", lineage="1", job="1")
+    with (tmp_path / "jobs.jsonl").open("a") as file:
+        file.write('{"event": "end')
+    jobs.record(tmp_path, "ended", lineage="1", state="crashed")
+    with (tmp_path / "jobs.jsonl").open("a") as file:
+        file.write('{"some": "thing"}\n7\n')
+    assert [line["event"] for line in jobs.records(tmp_path)] == ["began", "ended"]
 
 
 def test_failed_ranks_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, job = RunDir(tmp_path / "run"), SlurmJob("9", "9", 0, True, True, ())
     assert batch.begin(run, job) == 0
-    write_report(batch.report_dir(run, job), Report(3, 1, 0))
+    write_report(run.job_reports(job.job_id), Report(3, 1, 0))
     (run.logs / "rank-00003.log").write_text("Traceback: the thing that went wrong\n")
     assert batch.verdict(run, job, 1) == batch.REQUEUE
     assert "rank 3 ended with code 1\nTraceback: the thing that went wrong" in capsys.readouterr().err
@@ -514,6 +609,8 @@ def test_failed_ranks_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_scontrols_words() -> None:
     line = "JobId=12 JobName=a b JobState=RUNNING Reason=None Dependency=(null) NodeList=node[1-2] BatchHost=node1"
     assert parse_scontrol(line) == JobState("12", "RUNNING", "", "node[1-2]")
+    ended = parse_scontrol("JobId=13 JobState=COMPLETED EndTime=2026-01-02T03:04:05 NodeList=(null)")
+    assert ended is not None and ended.end == datetime(2026, 1, 2, 3, 4, 5).timestamp()
     assert parse_scontrol("slurm_load_jobs error: Invalid job id specified") is None
 
 
@@ -524,6 +621,10 @@ def test_scontrols_words() -> None:
         ("running", None, "running"),
         (None, "PENDING", "waiting"),
         ("preempted", "PENDING", "waiting"),
+        ("failed", "PENDING", "waiting"),
+        ("cancelled", "PENDING", "waiting"),
+        ("failed", "RUNNING", "starting"),
+        ("finished", "RUNNING", "finished"),
         (None, "RUNNING", "starting"),
         ("running", "RUNNING", "running"),
         ("finished", "COMPLETED", "finished"),
@@ -538,6 +639,141 @@ def test_scontrols_words() -> None:
 )
 def test_a_runs_state_by_its_own_word_and_slurms(state: str | None, job: str | None, expected: str) -> None:
     assert outcome(state, JobState("12", job) if job else None)[0] == expected
+
+
+def test_of_several_jobs_the_one_that_runs_tells() -> None:
+    running, waiting, over = (
+        JobState("11", "RUNNING", nodes="n1"),
+        JobState("12", "PENDING"),
+        JobState("10", "FAILED", nodes="n1"),
+    )
+    assert most_telling([over, running, waiting]) == running
+    assert most_telling([over, waiting]) == waiting
+    assert most_telling([over]) == over
+    assert most_telling([]) is None
+
+
+def test_slurms_word_counts_no_more_when_the_run_went_on_elsewhere() -> None:
+    job = JobState("12", "CANCELLED", end=1000.0)
+    assert outcome("running", job, said=1010.0)[0] == "cancelled"
+    assert outcome("running", job, said=5000.0)[0] == "running"
+
+
+# Cancel ---------------------------------------------------------------------------------------------------------------
+
+SCONTROL = """
+states = json.load(open('states.json'))
+mine = [f'JobId={job} JobState={state} NodeList=n1' for job, (lineage, state) in states.items() if lineage == sys.argv[-1]]
+if states == {}:
+    sys.exit('slurm_load_jobs error: Unable to contact slurm controller')
+print('\\n'.join(mine)) if mine else sys.exit('slurm_load_jobs error: Invalid job id specified')
+"""
+
+
+class Cancelled:
+    """`mlm-launch cancel` of a run whose jobs stand as SLURM's stand-ins say: {job: (lineage, state)}."""
+
+    def __init__(self, here: Path, fakes: Path) -> None:
+        self.here, self.run = here, RunDir(here / "runs/job")
+        fake(fakes, "scontrol", SCONTROL)
+        self.scancel = fake(fakes, "scancel")
+        fake(fakes, "sacct")
+        self.env = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def __call__(self, states: dict[str, tuple[str, str]], *flags: str) -> tuple[int, str]:
+        (self.here / "states.json").write_text(json.dumps(states))
+        command = [sys.executable, "-m", "launcher.cli", "cancel", str(self.run.path), *flags]
+        done = subprocess.run(command, env=self.env, cwd=self.here, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    def at_work(self, job: str, lineage: str | None = None) -> None:
+        """The job has begun, and rank 0 holds the run."""
+        jobs.record(self.run.path, "began", job=job, lineage=lineage or job, step=0)
+        self.run.job_reports(job).mkdir(parents=True, exist_ok=True)
+        (self.run.path / "lock").write_text(json.dumps({"host": "n1", "pid": 1}))
+        later = time.time() + 1
+        os.utime(self.run.path / "lock", (later, later))
+
+    @property
+    def request(self) -> dict[str, object] | None:
+        return json.loads(self.run.stop_request.read_text()) if self.run.stop_request.exists() else None
+
+    @property
+    def cancelled(self) -> list[list[str]]:
+        return [argv for argv, _ in calls_of(self.scancel)]
+
+
+@pytest.fixture
+def cancel(config: Path, fakes: Path) -> Cancelled:
+    return Cancelled(config.parent, fakes)
+
+
+def test_cancel_of_a_run_that_another_job_waits_for(cancel: Cancelled) -> None:
+    cancel.at_work("11")
+    jobs.record(cancel.run.path, "submitted", job="12", lineage="12")
+    code, said = cancel({"11": ("11", "RUNNING"), "12": ("12", "PENDING")})
+    assert code == 0, said
+    assert cancel.cancelled == [["--state=PENDING", "12"]]
+    assert cancel.request == {"reason": "mlm-launch cancel", "requeue": False}
+
+
+def test_cancel_overrides_the_time_limits_request(cancel: Cancelled) -> None:
+    cancel.at_work("11")
+    cancel.run.request_stop("SLURM", requeue=True)
+    assert cancel({"11": ("11", "RUNNING")})[0] == 0
+    assert cancel.request == {"reason": "mlm-launch cancel", "requeue": False}
+
+
+@pytest.mark.parametrize("lock", ["none", "old"])
+def test_cancel_of_a_job_that_is_still_starting(cancel: Cancelled, lock: str) -> None:
+    cancel.at_work("11")
+    if lock == "none":
+        (cancel.run.path / "lock").unlink()
+    else:  # of a start before, which was killed
+        os.utime(cancel.run.path / "lock", (1, 1))
+    code, said = cancel({"11": ("11", "RUNNING")})
+    assert code == 0 and "still starting" in said
+    assert cancel.cancelled == [["11"]]
+
+
+def test_cancel_takes_the_rest_of_a_chain(cancel: Cancelled) -> None:
+    cancel.at_work("21", lineage="20")
+    code, said = cancel({"21": ("20", "RUNNING"), "20": ("20", "PENDING")})
+    assert code == 0, said
+    assert cancel.cancelled == [["--state=PENDING", "20"]] and cancel.request
+
+
+def test_cancel_when_slurm_does_not_answer_says_so(cancel: Cancelled) -> None:
+    cancel.at_work("11")
+    code, said = cancel({})
+    assert code == 2 and "SLURM cannot be asked" in said
+    assert cancel.request is None
+
+
+def test_cancel_waits_for_an_end_after_its_request(cancel: Cancelled) -> None:
+    cancel.at_work("11")
+    status = {"state": "preempted", "requeue": True, "step": 5, "reason": "before"}
+    (cancel.run.path / "status.json").write_text(json.dumps(status))
+    code, said = cancel({"11": ("11", "RUNNING")}, "--wait", "1")
+    assert code == 1 and "still running" in said
+    assert cancel.request
+
+
+def test_what_was_cancelled_is_neither_requeued_nor_begun(cancel: Cancelled, script: Script) -> None:
+    process = script.start(state="wait", code=76)
+    try:
+        wait_for(Path("waiting"), process)
+        jobs.record(cancel.run.path, "cancel", lineage="55")  # and the run hangs: the watchdog ends it
+        (script.here / "state").unlink()
+        cancel.run.request_stop("mlm-launch cancel")
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert not script.requeued
+    Path("seen.json").unlink()
+    code, said = script.run(SLURM_RESTART_COUNT="1")
+    assert code == 75 and "does not begin" in said and not Path("seen.json").exists()
 
 
 # Staging --------------------------------------------------------------------------------------------------------------
@@ -564,13 +800,25 @@ def test_staging_copies_what_is_not_there_and_tells_the_program(
     assert "staged data.manifest: 3 shards" in capsys.readouterr().err
     assert stage.main(["flags", *words]) == 0
     flag = capsys.readouterr().out
-    copied = Path(flag.removeprefix("--data.manifest=").rstrip("\0"))
+    (flag,) = shlex.split(flag)
+    copied = Path(flag.removeprefix("--data.manifest="))
     for path in ("manifest.json", "train/0.tar", "train/1.tar", "train/2.tar"):
         assert (copied.parent / path).read_bytes() == (corpus / path).read_bytes()
     (copied.parent / "train/1.tar").write_bytes(b"torn")
     assert stage.main(["copy", *words]) == 0
     assert "staged data.manifest: 1 shards" in capsys.readouterr().err
     assert (copied.parent / "train/1.tar").read_bytes() == (corpus / "train/1.tar").read_bytes()
+
+
+def test_a_corpus_prepared_anew_is_staged_anew(corpus: Path) -> None:
+    words = ["scratch", "--", "--config", "job.yaml"]
+    assert stage.main(["copy", *words]) == 0
+    (corpus / "train/0.tar").write_bytes(os.urandom(100))  # of the same size
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    (corpus / "manifest.json").write_text(json.dumps(manifest | {"made": "again"}))
+    assert stage.main(["copy", *words]) == 0
+    copies = {path.read_bytes() for path in Path("scratch").rglob("0.tar")}
+    assert (corpus / "train/0.tar").read_bytes() in copies and len(copies) == 2
 
 
 @pytest.mark.parametrize("path", ["../outside.tar", "/etc/passwd", "s3://bucket/x.tar"])
