@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +24,8 @@ def traces() -> dict[str, object]:
 
 
 @pytest.fixture
-def before() -> Iterator[dict[str, object]]:
-    yield traces()
+def before() -> dict[str, object]:
+    return traces()
 
 
 def test_twelve_nodes_and_two_more_leave_nothing_behind(before: dict[str, object]) -> None:
