@@ -123,10 +123,8 @@ def start(config: Config, world_size: int, quick: bool) -> dict[str, Any]:
     from mlm_dist.inputs import Inputs
     from mlm_dist.model import bert, from_run
 
-    if config.data.cache_dir and not os.access(nearest(_expanded(config.data.cache_dir)), os.W_OK):
-        raise UserError(
-            f"data.cache_dir: {config.data.cache_dir!r} cannot be written; give a directory of your own, or null."
-        )
+    if config.data.cache_dir:
+        _check_cache(config.data.cache_dir)
     # Without the cache, which would be made and filled.
     config = replace(config, data=replace(config.data, cache_dir=None))
     inputs = Inputs(config, world_size)
@@ -155,8 +153,15 @@ def start(config: Config, world_size: int, quick: bool) -> dict[str, Any]:
     }
 
 
-def _expanded(directory: str) -> Path:
-    return Path(os.path.expandvars(directory)).expanduser()
+def _check_cache(directory: str) -> None:
+    """Refuse what mlm_dist.storage.cache would refuse, without making it."""
+    place = os.path.expandvars(directory)
+    if "$" in place:
+        raise UserError(f"data.cache_dir: {directory!r} names a variable that is not set here.")
+    if not os.access(nearest(Path(place)), os.W_OK):
+        raise UserError(
+            f"data.cache_dir: {place!r} cannot be written; give a directory of your own, or null for no cache."
+        )
 
 
 def probe(place: Path, token: str) -> Path:

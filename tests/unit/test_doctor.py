@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from mlm_dist.cli import main
 from mlm_dist.doctor.bounded import bounded
 from mlm_dist.doctor.command import LIMITS, local_limit
 from mlm_dist.doctor.findings import Finding, Report, silent, spans, worst
+from mlm_dist.doctor.host import limits
 from mlm_dist.doctor.judge_host import host
 from mlm_dist.doctor.judge_job import job
 from mlm_dist.doctor.judge_network import network, table
@@ -354,20 +356,6 @@ def test_a_wait_is_a_number_of_seconds(text: str, capsys: pytest.CaptureFixture[
     assert end.value.code == 2 and "--wait" in capsys.readouterr().err
 
 
-def test_the_soft_limit_on_open_files_is_raised_and_the_hard_one_judged() -> None:
-    code = (
-        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (99, 512))\n"
-        "from argparse import Namespace\n"
-        "from mlm_dist.distributed import Topology\n"
-        "from mlm_dist.doctor.command import diagnose\n"
-        "_, content = diagnose(Namespace(config=None, quick=True, json=True, wait=5.0), [], Topology(0, 0, 1))\n"
-        "print(r.getrlimit(r.RLIMIT_NOFILE)[0], content['facts']['local'][0]['limits']['open_files'])\n"
-    )
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES} | {"WANDB_MODE": "disabled"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.stdout.split() == ["512", "512"], done.stderr
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_what_is_ended_leaves_nothing_behind(tmp_path: Path, signum: int, code: int) -> None:
     env = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES} | {"OMP_NUM_THREADS": "1"}
@@ -455,12 +443,18 @@ def test_a_missing_shard_is_red_and_a_wrong_key_is_the_users_mistake(
 ) -> None:
     for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    config = save_config(tmp_path)
+    config = save_config(tmp_path, data={"cache_dir": "$NOWHERE/cache"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    assert limits()["open_files"] in (hard, sys.maxsize)  # which training allows itself, too
     victim = sorted((tmp_path / "corpus").glob("*.tar"))[0]
     victim.unlink()
     assert main(["doctor", "--config", str(config), "--quick"]) == 1
     said = capfd.readouterr().out
     assert victim.name in said and "data verify" in said and "\x1b" not in said
+    assert "names a variable that is not set here" in said
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 512 or hard == 512
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert main(["doctor", "--config", str(config), "--train.stepz", "3"]) == 2
     out, err = capfd.readouterr()
     assert out == "" and "train.steps" in err
