@@ -112,6 +112,7 @@ def test_each_host_is_named_with_what_is_wrong_with_it(tmp_path: Path) -> None:
     assert victim.name in shard["message"]
     (config_differs,) = found(content, "config")
     assert "on rank 2 (c)" in config_differs["message"]
+    assert [row["group"] for row in content["collectives"]] == ["all ranks"]  # which are those across hosts
     assert found(content, "run directory") == [] and found(content, "network") == []
     assert all(f["remedy"] for f in content["findings"] if f["level"] != "green")
     assert not list(tmp_path.glob(".doctor*"))
