@@ -92,7 +92,7 @@ def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
             torch.use_deterministic_algorithms(True)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _allow_open_files()
+    allow_open_files()
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
         timeout=timedelta(seconds=timeout_s),
@@ -102,7 +102,7 @@ def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
     return topology
 
 
-def _allow_open_files() -> None:
+def allow_open_files() -> None:
     """Raises the limit on open files as far as is allowed: gloo joins each rank to each other one in each of three groups, and 1024 files, a usual limit,
     are too few for 340 ranks."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -28,8 +28,9 @@ TENSORS = 3
 _OTHER_FILES = 4
 # gloo meshes of a run: the default group's, the control group's, DeepSpeed's copy of the default one.
 GLOO_GROUPS = 3
-# Bytes of shards that the doctor reads on a node at most.
-DOCTOR_BYTES = 256 << 20
+# Of the doctor (tests hold them equal to its own, whose modules import torch): bytes of shards that it reads on a node at most,
+# and round trips for each clock.
+DOCTOR_BYTES, CLOCK_TRIPS = 256 << 20, 8
 # Bytes/s that one core hashes (measured: 1.4 GB/s).
 SHA256 = 1.4e9
 # Assumed: one small message between two nodes over TCP, in seconds.
@@ -45,18 +46,18 @@ LINKS = {
     "25Gb": 3.125e9,
     "10Gb": 1.25e9,
 }
-# GPUs with NVLink (the first that is found counts): bytes/s each way of one GPU, half of what data sheets sum over both.
-_NVLINK = (
+# PCIe 4.0 with 16 lanes.
+PCIE = 32e9
+# GPU (the first that is found counts): bytes/s each way of one GPU, by NVLink half of what data sheets sum over both.
+_INTRA = (
     (r"\b(GB200|B200|B100)\b", 900e9),
-    (r"\b(PCIe|NVL)\b", 0.0),
+    (r"\b(PCIe|NVL|A40|A30|A10|A10G|L40S|L40|L4|T4|RTX)\b", PCIE),
     (r"\b(H100|H200|GH200|H20)\b", 450e9),
     (r"\bH800\b", 200e9),
     (r"\bA100\b", 300e9),
     (r"\bA800\b", 200e9),
     (r"\bV100\b", 150e9),
 )
-# PCIe 4.0 with 16 lanes, what others have.
-PCIE = 32e9
 
 
 def parse_speed(text: str) -> float:
@@ -67,9 +68,9 @@ def parse_speed(text: str) -> float:
     return float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]] / (1 if match[3] == "B" else 8)
 
 
-def intra_of(gpu: str) -> float:
-    """Bytes/s each way between GPUs of a node: NVLink's where the GPU has it, else PCIe 4.0's."""
-    return next((speed for pattern, speed in _NVLINK if re.search(pattern, gpu, re.IGNORECASE)), 0.0) or PCIE
+def intra_of(gpu: str) -> float | None:
+    """Bytes/s each way between GPUs of a node: NVLink's where the GPU has it, else PCIe 4.0's; None where that is not known."""
+    return next((speed for pattern, speed in _INTRA if re.search(pattern, gpu, re.IGNORECASE)), None)
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,15 @@ class Cluster:
     """Equal nodes.
 
     Attributes:
-        interconnect: bytes/s of a node's links to the others together.
-        intra: bytes/s of a GPU's links within its node.
+        interconnect: bytes/s of a node's links to the others together; None only of one node.
+        intra: bytes/s of a GPU's links within its node; None only of one GPU.
         storage: bytes/s of the shared file system, for all nodes together.
     """
 
     nodes: int
     gpus: int
-    interconnect: float
-    intra: float
+    interconnect: float | None
+    intra: float | None
     storage: float
 
     @property
@@ -201,8 +202,8 @@ def traffic(moved: Sequence[Collective], cluster: Cluster) -> Traffic:
     sent = sum(c.sent(cluster.ranks) for c in moved)
     return Traffic(
         sent,
-        sent / cluster.interconnect if cluster.nodes > 1 else 0.0,
-        sent / cluster.intra if cluster.gpus > 1 else 0.0,
+        sent / cluster.interconnect if cluster.nodes > 1 and cluster.interconnect else 0.0,
+        sent / cluster.intra if cluster.gpus > 1 and cluster.intra else 0.0,
     )
 
 
@@ -273,7 +274,7 @@ def costs(model: Model, cluster: Cluster, lanes: int) -> Iterator[Cost]:
     yield Cost("checkpoint: cursors that rank 0 gathers", ranks * 24 * lanes, "B", "linear")
     yield Cost(
         "doctor: clocks that rank 0 compares, one node after the other, at 20 us a hop",
-        16 * (cluster.nodes - 1) * HOP_S,
+        2 * CLOCK_TRIPS * (cluster.nodes - 1) * HOP_S,
         "s",
         "linear",
     )

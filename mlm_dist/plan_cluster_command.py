@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlm_dist.config import Config
 
 ROWS = 32  # of a micro-batch where the run says `auto`
+DEFAULTS: dict[str, Any] = {"gpus_per_node": 8, "gpu": "H100", "mfu": 0.4, "storage": "5GB"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,21 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interconnect", metavar="SPEED", help="of a node's links to others together: 400Gb, 25Gb, 50GB"
     )
     group.add_argument(
-        "--intra", metavar="SPEED", help="of a GPU's links within its node (default --gpu's NVLink, or PCIe)"
+        "--intra", metavar="SPEED", help="of a GPU's links within its node (default --gpu's NVLink or PCIe, if known)"
     )
-    group.add_argument("--gpu", default="H100", metavar="NAME", help="GPU whose peak is computed with (default H100)")
-    group.add_argument("--mfu", type=float, default=0.4, help="share of that peak that a step reaches (default 0.4)")
-    group.add_argument("--storage", default="5GB", metavar="SPEED", help="of the shared file system (default 5GB)")
+    group.add_argument("--gpu", metavar="NAME", help="GPU whose peak is computed with (default H100)")
+    group.add_argument("--mfu", type=float, help="share of that peak that a step reaches (default 0.4)")
+    group.add_argument("--storage", metavar="SPEED", help="of the shared file system (default 5GB)")
 
 
 def cluster_of(args: argparse.Namespace) -> Cluster | None:
-    """The cluster that the flags describe, None without --nodes. Raises UserError for flags that are wrong or contradict each other."""
+    """The cluster that the flags describe, None without --nodes; fills in the defaults of those that were not given.
+
+    Raises:
+        UserError: flags are wrong or contradict each other.
+    """
     if args.nodes is None:
-        alone = [f for f in ("gpus_per_node", "interconnect", "intra") if getattr(args, f) is not None]
+        alone = [f for f in (*DEFAULTS, "interconnect", "intra") if getattr(args, f) is not None]
         if alone:
             raise UserError(f"--{alone[0].replace('_', '-')}: is of a cluster; give --nodes, too")
         return None
-    gpus = 8 if args.gpus_per_node is None else args.gpus_per_node
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    gpus = args.gpus_per_node
     for flag, value in (("--nodes", args.nodes), ("--gpus-per-node", gpus)):
         if value < 1:
             raise UserError(f"{flag}: {value} must be at least 1.")
@@ -55,13 +64,18 @@ def cluster_of(args: argparse.Namespace) -> Cluster | None:
         raise UserError(
             f"--world-size: {args.world_size} contradicts --nodes {args.nodes} x --gpus-per-node {gpus} = {args.nodes * gpus} ranks; leave it out."
         )
-    if args.interconnect is None:
+    if args.interconnect is None and args.nodes > 1:
         raise UserError("--interconnect is missing: give the speed of a node's links to the others, such as 400Gb")
+    intra = intra_of(args.gpu) if args.intra is None else _speed("--intra", args.intra)
+    if intra is None and gpus > 1:
+        raise UserError(
+            f"--intra is missing: the links of {args.gpu!r} are not known; give their speed each way, such as 300GB"
+        )
     return Cluster(
         args.nodes,
         gpus,
-        interconnect=_speed("--interconnect", args.interconnect),
-        intra=intra_of(args.gpu) if args.intra is None else _speed("--intra", args.intra),
+        interconnect=None if args.interconnect is None else _speed("--interconnect", args.interconnect),
+        intra=intra,
         storage=_speed("--storage", args.storage),
     )
 
@@ -73,8 +87,10 @@ def _speed(flag: str, text: str) -> float:
         raise UserError(f"{flag}: {error}") from None
 
 
-def plan_cluster(config: Config, bert: BertConfig, cluster: Cluster, *, gpu: str, mfu: float) -> dict[str, Any]:
-    """Everything of the cluster's part, for JSON: sizes, templates with their traffic, costs, notes."""
+def plan_cluster(
+    config: Config, bert: BertConfig, cluster: Cluster, *, gpu: str, mfu: float, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything of the cluster's part, for JSON: sizes, templates with their traffic, costs, notes, beginning with those given."""
     from mlm_dist.model.bert import flops_per_token
 
     train, seq_len, ranks = config.train, config.data.seq_len, cluster.ranks
@@ -83,7 +99,7 @@ def plan_cluster(config: Config, bert: BertConfig, cluster: Cluster, *, gpu: str
         raise UserError(
             f"--gpu: the peak of {gpu!r} in {train.precision} is not known; give a name such as H100 or A100"
         )
-    notes = []
+    notes = list(notes)
     rows = train.micro_batch if isinstance(train.micro_batch, int) else ROWS
     batch = train.global_batch
     if batch < ranks:
@@ -155,16 +171,19 @@ def _template(
         "between_s": found.between,
         "within_s": found.within,
         "share_of_compute": found.seconds / compute,
-        "at_links_s": {link: found.sent / speed for link, speed in LINKS.items()},
+        "at_links_s": {link: found.sent / speed for link, speed in LINKS.items()} if cluster.nodes > 1 else {},
     }
 
 
 def show(found: dict[str, Any]) -> None:
     """Print it in plain lines, which do not depend on the terminal."""
     cluster, step = found["cluster"], found["step"]
+    several = cluster["nodes"] > 1
+    ways = [f"{_size(cluster['interconnect'])}/s between nodes"] if several else []
+    ways += [f"{_size(cluster['intra'])}/s a GPU within one"] if cluster["gpus"] > 1 else []
     print(
-        f"{cluster['nodes']} nodes x {cluster['gpus']} GPUs = {cluster['ranks']} ranks; each way {_size(cluster['interconnect'])}/s between nodes, "
-        f"{_size(cluster['intra'])}/s a GPU within one; storage {_size(cluster['storage'])}/s"
+        f"{cluster['nodes']} node{'s' * several} x {cluster['gpus']} GPU{'s' * (cluster['gpus'] > 1)} = {cluster['ranks']} rank{'s' * (cluster['ranks'] > 1)}; "
+        f"{'each way ' * bool(ways)}{', '.join(ways)}{'; ' * bool(ways)}storage {_size(cluster['storage'])}/s"
     )
     print(
         f"{found['parameters'] / 1e6:.0f} M parameters with {found['vocabulary']} words, {found['precision']}; {step['rows_of_rank']} rows of a rank "
@@ -183,11 +202,12 @@ def show(found: dict[str, Any]) -> None:
         print(
             f"{t['template']:14}{_size(t['sent_bytes']):>9}{t['between_s'] * 1e3:9.1f}{t['within_s'] * 1e3:8.1f}{t['share_of_compute']:7.0%}  {moved}"
         )
-    print()
-    print("ms between nodes at other speeds of a node")
-    print(f"{'':14}" + "".join(f"{link:>9}" for link in LINKS))
-    for t in found["templates"]:
-        print(f"{t['template']:14}" + "".join(f"{seconds * 1e3:9.1f}" for seconds in t["at_links_s"].values()))
+    if several:
+        print()
+        print("ms between nodes at other speeds of a node")
+        print(f"{'':14}" + "".join(f"{link:>9}" for link in LINKS))
+        for t in found["templates"]:
+            print(f"{t['template']:14}" + "".join(f"{seconds * 1e3:9.1f}" for seconds in t["at_links_s"].values()))
     print()
     print("beside the step's traffic, and how it grows with the nodes")
     for cost in found["costs"]:

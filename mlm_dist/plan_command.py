@@ -66,8 +66,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if cluster is None:
         return run_memory(args, config, 1 if args.world_size is None else args.world_size)
     alone = args.device_memory is None
-    bert = sizes(config, vocabulary=VOCABULARY if alone else None)
-    found = plan_cluster_command.plan_cluster(config, bert, cluster, gpu=args.gpu, mfu=args.mfu)
+    assumed: list[str] = []
+    bert = sizes(config, assumed if alone else None)
+    found = plan_cluster_command.plan_cluster(config, bert, cluster, gpu=args.gpu, mfu=args.mfu, notes=assumed)
     if alone and args.json:
         print(json.dumps({"cluster": found}, indent=1))
     elif alone:
@@ -111,8 +112,11 @@ def run_memory(args: argparse.Namespace, config: Config, world_size: int, cluste
     return 0 if chosen else 1
 
 
-def sizes(config: Config, vocabulary: int | None = None) -> BertConfig:
-    """The model's configuration, without weights, and of tokenizers only what is at hand; `vocabulary` words for one that is not there.
+def sizes(config: Config, assumed: list[str] | None = None) -> BertConfig:
+    """The model's configuration, without weights, and of tokenizers only what is at hand.
+
+    Args:
+        assumed: if given, no hub is asked for a tokenizer, and one that cannot be loaded is taken as VOCABULARY words, which the list is told.
 
     Raises:
         UserError: it cannot be known.
@@ -136,17 +140,28 @@ def sizes(config: Config, vocabulary: int | None = None) -> BertConfig:
         stored = bert.load_config(section, vocab_size=None, pad_token_id=0)
         stored.vocab_size = _extended(config, stored.vocab_size)
         return stored
-    if "vocab_size" not in (section.config or {}):
-        from mlm_dist.data import tokenizer
+    words = None if "vocab_size" in (section.config or {}) else _words(config.data.tokenizer, assumed)
+    return bert.load_config(section, vocab_size=words, pad_token_id=0)
 
-        try:
-            vocabulary = len(tokenizer.load_pretrained(config.data.tokenizer))
-        except UserError as error:
-            if vocabulary is None:
-                raise UserError(
-                    f"{error} The planner needs no tokenizer if it is told the size: --model.config.vocab_size 30522."
-                ) from error
-    return bert.load_config(section, vocab_size=vocabulary, pad_token_id=0)
+
+def _words(name: str, assumed: list[str] | None) -> int:
+    """Words of a tokenizer (see `sizes`)."""
+    from mlm_dist.data import tokenizer
+
+    known = KNOWN_SIZES.get(name.removeprefix("google-bert/"))
+    here = Path(name).expanduser().is_dir()
+    if known is not None and not here:
+        return known.get("vocab_size", VOCABULARY)
+    try:
+        if here or assumed is None:
+            return len(tokenizer.load_pretrained(name))
+    except UserError as error:
+        if assumed is None:
+            raise UserError(
+                f"{error} The planner needs no tokenizer if it is told the size: --model.config.vocab_size 30522."
+            ) from error
+    assumed.append(f"data.tokenizer {name!r} cannot be loaded; taken as {VOCABULARY} words")
+    return VOCABULARY
 
 
 def _extended(config: Config, stored: int) -> int:

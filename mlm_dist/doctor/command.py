@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from mlm_dist.config import Config, load
-from mlm_dist.distributed import Topology
+from mlm_dist.distributed import Topology, allow_open_files
 from mlm_dist.doctor import host, job, network
 from mlm_dist.doctor.bounded import bounded
-from mlm_dist.doctor.findings import Finding, Report, silent, worst
+from mlm_dist.doctor.findings import Finding, Report, silent, spans, worst
 from mlm_dist.doctor.judge_host import host as judge_host
 from mlm_dist.doctor.judge_job import job as judge_job
 from mlm_dist.doctor.judge_network import network as judge_network
-from mlm_dist.doctor.meeting import GRACE_S, Meeting, Unreachable, spans
+from mlm_dist.doctor.meeting import GRACE_S, Meeting, Unreachable
 from mlm_dist.doctor.show import document, show, show_json
 from mlm_dist.errors import UserError
 from mlm_dist.lifecycle import EXIT_FAILED, EXIT_FINISHED, EXIT_USER_ERROR
@@ -33,9 +35,8 @@ WAIT_S = 60
 # Seconds that each check may take before the doctor goes on without.
 LIMITS = {"versions": 15, "imports": 60, "gpus": 25, "device": 30, "limits": 5, "shards": 90, "start": 150, "probe": 20}
 LIMITS |= {"shared": 40, "room": 10, "wandb": 8}
-LOCAL_S = sum(LIMITS.values())
-# After the first rank's measuring has ended the others' does, of those that hang by a timeout each.
-NETWORK_S = 3 * network.TIMEOUT_S
+# After the first rank's measuring has ended the others' does, at the latest with their stage.
+NETWORK_S = network.STAGE_S + network.TIMEOUT_S
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="read less, measure small messages, load no weights")
     parser.add_argument(
         "--wait",
-        type=float,
+        type=_seconds,
         default=WAIT_S,
         metavar="S",
         help=f"seconds that all ranks have to come (default {WAIT_S})",
     )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return value
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -82,13 +90,9 @@ def diagnose(args: argparse.Namespace, overrides: list[str], topology: Topology)
 
 def _examine(args: argparse.Namespace, overrides: list[str], topology: Topology) -> tuple[list[Finding], Report | None]:
     """Findings, on rank 0 or of a rank that cannot reach it; the report is None where the ranks did not meet."""
+    allow_open_files()  # as training does; a rank has a connection to each other one
     config, mistake = _load(args.config, overrides)
-    card = {
-        "host": host.name(),
-        "local_rank": topology.local_rank,
-        "cuda": torch.cuda.is_available() and topology.local_rank < torch.cuda.device_count(),
-        "mistake": mistake,
-    }
+    card = {"host": host.name(), "mistake": mistake, "limit": local_limit(args.quick, config is not None)}
     try:
         meeting = Meeting(topology, args.wait)
         cards, absent = meeting.introduce(card)
@@ -100,7 +104,8 @@ def _examine(args: argparse.Namespace, overrides: list[str], topology: Topology)
             if mistake and all(one["mistake"] for one in cards):
                 raise UserError(mistake)
             report = Report(_hosts(cards), [])
-            _look_and_measure(args.quick, config, mistake, meeting, report, all(one["cuda"] for one in cards))
+            limit = max(one["limit"] for one in cards)
+            _look_and_measure(args.quick, config, mistake, meeting, report, limit)
     except Unreachable as error:
         return [_unreachable(error, topology)], None
     if topology.rank != 0:
@@ -109,40 +114,56 @@ def _examine(args: argparse.Namespace, overrides: list[str], topology: Topology)
 
 
 def _look_and_measure(
-    quick: bool, config: Config | None, mistake: str | None, meeting: Meeting, report: Report, cuda: bool
+    quick: bool, config: Config | None, mistake: str | None, meeting: Meeting, report: Report, limit: float
 ) -> None:
-    """Fill the report, on rank 0."""
+    """Fill the report, on rank 0; ``limit``: seconds that the local checks of a rank may take."""
     topology = meeting.topology
     first = topology.rank == 0
-    mine = _look(quick, config, mistake, meeting, report)
-    meeting.tell("local", redact(mine))
+    with contextlib.ExitStack() as leftovers:
+        meeting.tell("local", redact(_look(quick, config, mistake, meeting, report, limit, leftovers)))
+        if first:
+            report.local = meeting.collect("local", limit)
     if first:
-        report.local = meeting.collect("local", LOCAL_S)
-        with contextlib.suppress(OSError, KeyError):
-            Path(mine["probe"]["path"]).unlink()
-        complete = all(one is not None for one in report.local)
-        meeting.publish("measure", complete)
-    elif not meeting.read("measure", 2 * LOCAL_S):
-        return
-    if first and not complete:
+        # What the first rank decides for all: whether to measure, whether each has a GPU, and how much.
+        answered = [one for one in report.local if one is not None]
+        plan = {
+            "measure": len(answered) == topology.world_size,
+            "cuda": all("name" in one["device"] for one in answered),
+            "quick": quick,
+        }
+        meeting.publish("plan", plan)
+    else:
+        plan = meeting.read("plan", 2 * limit)
+    if not plan["measure"]:
         report.network = [{} for _ in report.local]
         return
-    device = torch.device("cuda", topology.local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    ranks = list(report.hosts.values())
-    meeting.tell(
-        "network",
-        network.measure(dist.PrefixStore("groups", meeting.store), topology.rank, ranks, device, quick=quick),
-    )
+    device = torch.device("cuda", topology.local_rank) if plan["cuda"] else torch.device("cpu")
+    store, ranks = dist.PrefixStore("groups", meeting.store), list(report.hosts.values())
+    meeting.tell("network", network.measure(store, topology.rank, ranks, device, quick=plan["quick"]))
     if first:
         report.network = meeting.collect("network", NETWORK_S)
 
 
-def _look(quick: bool, config: Config | None, mistake: str | None, meeting: Meeting, report: Report) -> dict[str, Any]:
-    """Local facts: every rank's own device, and of each host what its first rank sees."""
+def local_limit(quick: bool, with_config: bool) -> float:
+    """Seconds that the local checks of a rank may take, all together."""
+    left_out = [*(["imports"] if quick else []), *([] if with_config else ["shards", "start"])]
+    return sum(seconds for name, seconds in LIMITS.items() if name not in left_out)
+
+
+def _look(
+    quick: bool,
+    config: Config | None,
+    mistake: str | None,
+    meeting: Meeting,
+    report: Report,
+    limit: float,
+    leftovers: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """Local facts: every rank's own config and device, and of each host what its first rank sees. ``leftovers`` takes away what
+    the others look for."""
     topology = meeting.topology
     facts: dict[str, Any] = {"local_rank": topology.local_rank}
+    facts["config"] = {"error": mistake} if mistake else {"digest": job.digest(config) if config else "none"}
     place = config.run.path() if config else Path.cwd()
 
     def check(name: str, work: Callable[[], dict[str, Any]]) -> None:
@@ -150,6 +171,8 @@ def _look(quick: bool, config: Config | None, mistake: str | None, meeting: Meet
 
     if topology.rank == 0:
         token = secrets.token_hex(4)
+        leftovers.enter_context(_exits_on_term())
+        leftovers.callback(lambda: job.remove(facts.get("probe", {}).get("path")))
         check("probe", lambda: {"path": str(job.probe(place, token)), "token": token})
         meeting.publish("probe", facts["probe"])
     check("device", lambda: host.device(topology.local_rank))
@@ -161,14 +184,11 @@ def _look(quick: bool, config: Config | None, mistake: str | None, meeting: Meet
     check("limits", host.limits)
     if not quick:
         check("imports", host.imports)
-    if mistake:
-        facts["config"] = {"error": mistake}
     if config is not None:
-        facts["config"] = {"digest": job.digest(config)}
         mine = number.index(topology.rank)
         check("shards", lambda: job.shards(config, mine, len(number), quick))
         check("start", lambda: job.start(config, topology.world_size, quick))
-    probe = meeting.read("probe", LIMITS["probe"] + LOCAL_S)
+    probe = meeting.read("probe", LIMITS["probe"] + limit)
     if "error" in probe:
         facts["shared"] = {"error": probe["error"]} if topology.rank == 0 else None
     else:
@@ -184,7 +204,7 @@ def _load(path: str | None, overrides: list[str]) -> tuple[Config | None, str | 
     """The config or, for all ranks to hear of, what is wrong with it."""
     if path is None:
         if overrides:
-            raise UserError(f"{overrides[0]}: keys of a run config need --config.")
+            return None, f"{overrides[0]}: keys of a run config need --config."
         return None, None
     try:
         return load(["--config", path, *overrides], prog="mlm-dist doctor").config, None
@@ -223,6 +243,20 @@ def _unreachable(error: Unreachable, topology: Topology) -> Finding:
 
 
 @contextlib.contextmanager
+def _exits_on_term() -> Iterator[None]:
+    """Within it, what is to be tidied up is when a launcher ends this process."""
+
+    def leave(signum: int, _frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def _stdout_is_stderr() -> Iterator[None]:
     """Whatever libraries print, NCCL in C among them, stdout is the answer's alone."""
     sys.stdout.flush()
@@ -238,13 +272,16 @@ def _stdout_is_stderr() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program of a rank."""
-    words = [w for w in (sys.argv[1:] if argv is None else argv) if not w.startswith(("--local_rank", "--local-rank"))]
     parser = argparse.ArgumentParser(
         prog="mlm-dist doctor", description="Does this host, or this allocation, have what a run needs?"
     )
     add_arguments(parser)
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # that some launchers add
+    args, overrides = parser.parse_known_args(argv)
     try:
-        return run(*parser.parse_known_args(words))
+        return run(args, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT

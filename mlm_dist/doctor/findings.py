@@ -5,9 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from mlm_dist.doctor.meeting import spans
+from typing import Any, Literal, TypeVar
 
 Level = Literal["green", "yellow", "red"]
 LEVELS: tuple[Level, ...] = ("green", "yellow", "red")
@@ -15,6 +13,7 @@ LEVELS: tuple[Level, ...] = ("green", "yellow", "red")
 # it is not worth its place.
 SLOW, SLOW_NETWORK, VERY_SLOW = 1.5, 2.0, 4.0
 _NAMED = 8
+K = TypeVar("K", str, int)
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,26 @@ def failed(report: Report, section: str, check: str, remedy: str, level: Level =
     ]
 
 
+def spans(ranks: Sequence[int]) -> str:
+    """``0-3, 5``, of ascending numbers."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and parts[-1][1] == rank - 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
 def names(hosts: Sequence[str]) -> str:
     """Hosts in a sentence."""
     more = f" and {len(hosts) - _NAMED} more" if len(hosts) > _NAMED else ""
     return ", ".join(hosts[:_NAMED]) + more
 
 
-def group(values: Mapping[str, Any]) -> dict[Any, list[str]]:
+def group(values: Mapping[K, Any]) -> dict[Any, list[K]]:
     """value -> the keys that have it, the most common first."""
-    groups: dict[Any, list[str]] = {}
+    groups: dict[Any, list[K]] = {}
     for key, value in values.items():
         groups.setdefault(value, []).append(key)
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))

@@ -1,4 +1,4 @@
-"""What a rank sees of its own host: software, GPUs, limits, W&B. Facts only; ``judge`` says what they mean."""
+"""What a rank sees of its own host: software, GPUs, limits, W&B. Facts only; ``judge_host`` says what they mean."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -84,15 +85,19 @@ def device(local_rank: int) -> dict[str, Any]:
 
 
 def limits() -> dict[str, Any]:
-    """Resource limits of this process: open files, locked memory in bytes (-1: none), /dev/shm in bytes."""
+    """Resource limits of this process: open files at most, as training raises its limit, locked memory in bytes (-1: none), /dev/shm in bytes."""
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     shm = Path("/dev/shm")
     return {
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "open_files": _most(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         "memlock": -1 if memlock == resource.RLIM_INFINITY else memlock,
         "infiniband": _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir()),
         "shm": shutil.disk_usage(shm).free if shm.is_dir() else None,
     }
+
+
+def _most(limit: int) -> int:
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def wandb(setting: str) -> dict[str, Any]:

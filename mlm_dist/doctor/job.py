@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from mlm_dist import checkpoint
 from mlm_dist.config import Config
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.shard import Shard
+from mlm_dist.errors import UserError
 from mlm_dist.opening import fill_note, opening_lines
-from mlm_dist.sizes import parse_size
-from mlm_dist.storage.cache import Cache
 from mlm_dist.storage.store import Store
 from mlm_dist.storage.tries import StoreError
 
@@ -40,7 +40,7 @@ def shards(config: Config, host: int, hosts: int, quick: bool) -> dict[str, Any]
 
     Sizes of all shards of a local corpus are compared with the manifest; those of a remote one by the first host alone,
     since thousands that ask would be an attack. Of some shards, others on each host, blocks are read and their checksums
-    compared.
+    compared. ``lost`` is the share of the documents that is known to be unreadable, ``allowed`` what may be.
     """
     data = config.data
     named = [
@@ -49,29 +49,37 @@ def shards(config: Config, host: int, hosts: int, quick: bool) -> dict[str, Any]
     ]
     if data.val_manifest:
         named.append(("data.val_manifest", data.val_manifest))
-    cache = Cache(data.cache_dir, parse_size(data.cache_size)) if data.cache_dir else None
     found = {}
     for key, path in named:
         manifest = Manifest.read(path)
-        # One try: a doctor says what a patient reader would pass over.
+        # Less patient than training, so that it ends; and without the cache, which it would fill.
         store = Store(
-            manifest.root, retries=0, timeout=min(READ_S, data.read_timeout), cache=cache, allow_pipe=data.allow_pipe
+            manifest.root,
+            retries=min(1, data.read_retries),
+            timeout=min(READ_S, data.read_timeout),
+            allow_pipe=data.allow_pipe,
         )
         asked = host == 0 or not store.remote
         problems = manifest.shard_problems(store) if asked else []
+        lost = {problem.shard: problem.documents for problem in problems}
+        read = _read(manifest, store, host, hosts, QUICK_SHARE if quick else 1, lost)
         found[key] = {
             "place": path.partition("?")[0] if "://" in path else path,  # without a signature
             "shards": len(manifest.shards),
             "bad": len(problems),
             "causes": [f"{problem.shard}: {problem.cause}" for problem in problems[:SHOWN]],
-            **_read(manifest, store, host, hosts, QUICK_SHARE if quick else 1),
+            "lost": (sum(lost.values()) + read.pop("lost")) / max(1, manifest.num_documents),
+            "allowed": data.max_bad_fraction,
+            **read,
         }
     return found
 
 
-def _read(manifest: Manifest, store: Store, host: int, hosts: int, share: int) -> dict[str, Any]:
-    """{bytes, seconds, failed: causes} of reading a sample."""
-    count, seconds, failed = 0, 0.0, []
+def _read(
+    manifest: Manifest, store: Store, host: int, hosts: int, share: int, gone: Mapping[str, int]
+) -> dict[str, Any]:
+    """{bytes, seconds, failed: causes, lost: documents of failed blocks of shards that are not ``gone``} of reading a sample."""
+    count, seconds, failed, lost = 0, 0.0, [], 0
     began = time.monotonic()
     for shard, i in _sample(manifest.shards, host, hosts):
         start = time.monotonic()
@@ -79,11 +87,12 @@ def _read(manifest: Manifest, store: Store, host: int, hosts: int, share: int) -
             data = store.read(shard.path, int(shard.offsets[i]), int(shard.lengths[i]), int(shard.crc32[i]))
         except StoreError as error:
             failed.append(f"{shard.path} at byte {shard.offsets[i]}: {error}")
+            lost += 0 if shard.path in gone else int(shard.documents[i])
         else:
             count, seconds = count + len(data), seconds + time.monotonic() - start
         if count >= READ_BYTES // share or time.monotonic() - began > READ_S / share or len(failed) >= SHOWN:
             break
-    return {"bytes": count, "seconds": seconds, "failed": failed}
+    return {"bytes": count, "seconds": seconds, "failed": failed, "lost": lost}
 
 
 def _sample(shards: tuple[Shard, ...], host: int, hosts: int) -> Iterator[tuple[Shard, int]]:
@@ -114,6 +123,10 @@ def start(config: Config, world_size: int, quick: bool) -> dict[str, Any]:
     from mlm_dist.inputs import Inputs
     from mlm_dist.model import bert, from_run
 
+    if config.data.cache_dir:
+        _check_cache(config.data.cache_dir)
+    # Without the cache, which would be made and filled.
+    config = replace(config, data=replace(config.data, cache_dir=None))
     inputs = Inputs(config, world_size)
     section = config.model
     # A run that has a checkpoint begins from that.
@@ -132,11 +145,23 @@ def start(config: Config, world_size: int, quick: bool) -> dict[str, Any]:
         "stage": inputs.ds_config["zero_optimization"]["stage"],
         "tokenizer": inputs.tokenizer.fingerprint[:12],
         "summary": said[0],
-        "notes": [note.removeprefix("note: ") for note in said[1:]],
+        "said": [line for line in said[1:] if not line.startswith("note: ")],
+        "notes": [line.removeprefix("note: ") for line in said[1:] if line.startswith("note: ")],
         "fill": stream.fill(),
         "fill_note": fill_note(config, inputs, stream),
         "lanes": stream.order.lanes,
     }
+
+
+def _check_cache(directory: str) -> None:
+    """Refuse what mlm_dist.storage.cache would refuse, without making it."""
+    place = os.path.expandvars(directory)
+    if "$" in place:
+        raise UserError(f"data.cache_dir: {directory!r} names a variable that is not set here.")
+    if not os.access(nearest(Path(place)), os.W_OK):
+        raise UserError(
+            f"data.cache_dir: {place!r} cannot be written; give a directory of your own, or null for no cache."
+        )
 
 
 def probe(place: Path, token: str) -> Path:
@@ -145,6 +170,13 @@ def probe(place: Path, token: str) -> Path:
     path = folder / f".doctor-probe-{token}"
     path.write_text(token)
     return path
+
+
+def remove(path: str | None) -> None:
+    """Take the file away, if it was written."""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
 
 
 def nearest(place: Path) -> Path:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mlm_dist.doctor.findings import Finding, Level, Report, differing, failed, names
-from mlm_dist.doctor.meeting import spans
+from mlm_dist.doctor.findings import Finding, Level, Report, differing, failed, names, spans
 
 # Other versions of these change nothing in what a run computes.
 HARMLESS = ("platform", "wandb")
@@ -192,8 +191,8 @@ def limits(report: Report) -> list[Finding]:
             Finding(
                 "red" if min(by_host[name]["open_files"] for name in few) < report.world + 64 else "yellow",
                 "limits",
-                f"{names(few)}: {by_host[few[0]]['open_files']} open files; {report.world} ranks may need {need}",
-                "ulimit -n 65536 in the job script",
+                f"{names(few)}: at most {by_host[few[0]]['open_files']} open files; {report.world} ranks may need {need}",
+                "have the hard limit raised (ulimit -Hn; LimitNOFILE of slurmd); the soft one is raised by the program",
             )
         )
     if locked:

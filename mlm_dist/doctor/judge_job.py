@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from mlm_dist.doctor.findings import Finding, Report, compare, differing, failed, names
+from collections.abc import Sequence
+
+from mlm_dist.doctor.findings import Finding, Report, compare, differing, failed, group, names, spans
 
 # Below this what was read says nothing of a file system's speed.
 TELLING_BYTES = 16 << 20
 SLOW_READ = 5e6  # bytes/s: about what a fast GPU trains of text
 LATE_S = 2.0
+_HARMLESS = "one rank has nothing to partition"  # of the notes of a start
 
 
 def job(report: Report) -> list[Finding]:
@@ -16,14 +19,35 @@ def job(report: Report) -> list[Finding]:
 
 
 def config(report: Report) -> list[Finding]:
-    """Whether all hosts read the same config."""
-    found = failed(report, "config", "config", "put the config where every host reads it")
-    same = {name: f"config {facts['digest']}" for name, facts in report.by_host("config").items()}
-    if told := differing(same):
+    """Whether all ranks read the same config."""
+    read = {rank: facts["config"] for rank, facts in enumerate(report.local) if facts and "config" in facts}
+    mistakes = group({rank: one["error"] for rank, one in read.items() if "error" in one})
+    found = [
+        Finding(
+            "red",
+            "config",
+            f"{_ranks(report, ranks)}: {cause}",
+            "put the config where every host reads it, and give all ranks the same flags",
+        )
+        for cause, ranks in mistakes.items()
+    ]
+    digests = list(group({rank: one["digest"] for rank, one in read.items() if "digest" in one}).items())
+    if len(digests) > 1:
+        usual, *others = digests
+        told = "; ".join(f"config {digest} on {_ranks(report, ranks)}" for digest, ranks in others)
         found.append(
-            Finding("red", "config", told, "give all ranks the same file, the same flags and the same MLM_* variables")
+            Finding(
+                "red",
+                "config",
+                f"{told}; {usual[0]} on {_ranks(report, usual[1]) if len(usual[1]) < 3 else f'the other {len(usual[1])} ranks'}",
+                "give all ranks the same file, the same flags and the same MLM_* variables",
+            )
         )
     return found
+
+
+def _ranks(report: Report, ranks: Sequence[int]) -> str:
+    return f"rank {spans(ranks)} ({names(list(dict.fromkeys(map(report.host_of, ranks))))})"
 
 
 def shards(report: Report) -> list[Finding]:
@@ -37,11 +61,14 @@ def shards(report: Report) -> list[Finding]:
             causes = facts["causes"] + facts["failed"]
             if causes:
                 told = f"{facts['bad']} of {facts['shards']} shards" if facts["bad"] else "blocks"
+                # As training holds it; what it may lose it goes on without. A sample of which nothing was read stands for all.
+                too_many = facts["lost"] > facts["allowed"] or not facts["allowed"] or not facts["bytes"]
                 found.append(
                     Finding(
-                        "red",
+                        "red" if too_many else "yellow",
                         "shards",
-                        f"{name}: {told} of {key} {facts['place']} cannot be read or are not the manifest's: {'; '.join(causes)}",
+                        f"{name}: {told} of {key} {facts['place']} cannot be read or are not the manifest's"
+                        f"{'' if too_many else ', which data.max_bad_fraction allows'}: {'; '.join(causes)}",
                         remedy,
                     )
                 )
@@ -81,7 +108,14 @@ def start(report: Report) -> list[Finding]:
         found.append(Finding("red", "start", told, "give all hosts the same tokenizer directory"))
     one = next(iter(by_host.values()))
     found.append(Finding("green", "start", f"tokenizer and model load; ZeRO stage {one['stage']}; {one['summary']}"))
-    found += [Finding("green", "start", note) for note in one["notes"] if note != one["fill_note"]]
+    found += [Finding("green", "start", line) for line in one["said"]]
+    for note in one["notes"]:
+        if _HARMLESS in note:
+            found.append(Finding("green", "start", note))
+        elif note != one["fill_note"]:
+            found.append(
+                Finding("yellow", "start", note, "mend it, or let training go on like this; it will say the same")
+            )
     if one["fill_note"]:
         found.append(
             Finding(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
-from mlm_dist.doctor.findings import SLOW_NETWORK, Finding, Report, compare, names
-from mlm_dist.doctor.network import bus_bandwidth
+from mlm_dist.doctor.findings import SLOW_NETWORK, Finding, Report, compare, group, names
+from mlm_dist.doctor.network import OTHERS, bus_bandwidth
 from mlm_dist.lifecycle import STALE_AFTER_S
 
 # A lock whose heartbeat seems older than STALE_AFTER_S is taken for a dead run's, so clocks must be well within that.
 CLOCK_YELLOW_S, CLOCK_RED_S = 1.0, STALE_AFTER_S / 2
+_ADDRESS = re.compile(r" ?\[[^\]]*\]:\d+")
+_CAUSES = 4
 SYNC = "turn on time synchronisation there (chronyc tracking, timedatectl)"
 EXCLUDE = "exclude that host (srun --exclude) and run the doctor again; report it if it stays slow"
 
@@ -25,21 +28,26 @@ def failures(report: Report) -> list[Finding]:
     errors = {rank: facts["error"] for rank, facts in enumerate(report.network) if facts and "error" in facts}
     if not errors:
         return []
-    causes: dict[tuple[str, str], list[str]] = {}
-    for rank, error in errors.items():
-        causes.setdefault((error["phase"], error["cause"]), []).append(report.host_of(rank))
+    # gloo tells each peer's port, by which the same cause would be as many.
+    causes = group({rank: (error["phase"], _ADDRESS.sub("", error["cause"])) for rank, error in errors.items()})
     told = "; ".join(
-        f"{names(list(dict.fromkeys(hosts)))} at {phase}: {cause}" for (phase, cause), hosts in list(causes.items())[:4]
+        f"{names(list(dict.fromkeys(map(report.host_of, ranks))))} at {phase}: {cause}"
+        for (phase, cause), ranks in sorted(causes.items(), key=lambda item: _is_consequence(item[0][1]))[:_CAUSES]
     )
     return [
         Finding(
             "red",
             "network",
             f"{len(errors)} of {report.world} ranks could not finish measuring: {told}",
-            "see that all hosts reach each other on all ports and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface "
-            "that connects them; NCCL_DEBUG=INFO tells more",
+            "see what the first cause names; if it is a time-out, that all hosts reach each other on all ports and that GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME name the interface that connects them; NCCL_DEBUG=INFO tells more",
         )
     ]
+
+
+def _is_consequence(cause: str) -> bool:
+    """Whether it may follow from another rank's failing."""
+    return any(sign in cause for sign in ("Timed out", "wait timeout", "Connection closed", OTHERS))
 
 
 def speed(report: Report) -> list[Finding]:

@@ -17,6 +17,7 @@ from mlm_dist.errors import UserError
 
 # Beyond its own deadline, what another rank is given to say that it met its deadline.
 GRACE_S = 10.0
+_LOOK_S = 0.1
 
 
 class Unreachable(Exception):
@@ -108,18 +109,17 @@ class Meeting:
     def read(self, key: str, seconds: float) -> Any:
         """The content of `key`. Raises Unreachable when it is not there in time."""
         try:
+            if self.topology.rank == 0:
+                self._look_for(key, seconds)
             self.store.wait([key], timedelta(seconds=seconds))
             return json.loads(self.store.get(key))
         except RuntimeError as error:
             raise Unreachable(f"no word from rank 0 about {key!r} within {seconds:.0f} s") from error
 
-
-def spans(ranks: Sequence[int]) -> str:
-    """``0-3, 5``, of ascending numbers."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][1] == rank - 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    def _look_for(self, key: str, seconds: float) -> None:
+        """Wait as rank 0, whose store is its own: by looks, between which a signal is heard, as it is not within the store's wait."""
+        deadline = time.monotonic() + seconds
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                raise Unreachable(f"nothing was told about {key!r} within {seconds:.0f} s")
+            time.sleep(_LOOK_S)

@@ -1,7 +1,9 @@
 """What lies between the ranks: clocks, links, collectives; and how fast each rank is by itself. Facts only.
 
-Every operation has a timeout. What fails ends a rank's measuring and is a fact; those who wait for that rank fail by the same
-timeout. Group sizes and the number of repetitions are the same on all ranks: they depend on times that were reduced over them.
+Every operation has a timeout. It is measured by stages, before each of which the ranks meet at a gate of the store: those that
+have no part in a stage wait there, for as long as it may take, and not in a collective. What fails ends a rank's measuring, is a
+fact, and opens the gates, so that those who wait learn of it at once. Group sizes and the number of repetitions are the same on
+all ranks: they depend on times that were reduced over them.
 
 Bus bandwidth of an all-reduce of S bytes in t seconds on n ranks is S/t * 2(n-1)/n, which a link of that bandwidth would
 explain whatever n (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
@@ -9,15 +11,24 @@ explain whatever n (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORM
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mlm_dist.doctor.bounded import bounded
+
 TIMEOUT_S = 20.0
+# What a stage may take of a network that works: 22 all-reduces of LONGEST_S, and smaller ones.
+STAGE_S = 90.0
+# More for each rank where they all connect to each other: each reads the addresses of all from one store.
+CONNECT_S = 0.1
+SPEED_S = 60.0
 TINY = 8  # bytes of what latencies are measured with
 SIZES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
 LINK_BYTES = 8 << 20
@@ -25,6 +36,10 @@ LINK_BYTES = 8 << 20
 LONGEST_S = 3.0
 CLOCK_TRIPS = 8
 TRIPS = 40  # the fastest counts: most wait for a core now and then
+SPEED = "computing"
+OTHERS = "another rank failed"
+
+Groups = dict[tuple[str, str], dist.ProcessGroup]
 
 
 def measure(
@@ -45,64 +60,135 @@ def measure(
     Returns:
         {speed, clock, links, collectives}, and ``error`` {phase, cause} where something failed; then what came after it is absent.
     """
-    facts: dict[str, Any] = {"speed": speed(device), "collectives": [], "links": []}
+    facts: dict[str, Any] = {"collectives": [], "links": []}
     world = sum(map(len, hosts))
+    stages = list(_stages(facts, store, rank, hosts, device, quick))
     if world == 1:
-        return facts
-    leaders = [ranks[0] for ranks in hosts]
-    limit = timedelta(seconds=TIMEOUT_S)
-    phase = "joining over gloo"
+        del stages[1:]
+    stage = 0
     try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-        dist.barrier()
-        phase = "clocks"
-        facts["clock"] = clocks(rank, leaders)
-        phase = "making groups"
-        backends = ("gloo", "nccl") if device.type == "cuda" else ("gloo",)
-        made = _groups(rank, hosts, backends, limit)
-        for backend in backends:
-            on = device if backend == "nccl" else torch.device("cpu")
-            across = made.get((backend, "across hosts"))
-            if across is not None:
-                phase = f"links over {backend}"
-                facts["links"] += [{"backend": backend, **link} for link in links(rank, leaders, on, across, quick)]
-        for (backend, name), group in made.items():
-            phase = f"all-reduce {name} over {backend}"
-            ranks = dist.get_world_size(group)
-            if ranks > 1:
-                on = device if backend == "nccl" else torch.device("cpu")
-                rows = all_reduces(group, on, SIZES[: 2 if quick else None])
-                if dist.get_rank(group) == 0:
-                    facts["collectives"].append({"group": name, "backend": backend, "ranks": ranks, "rows": rows})
-        phase = "leaving"
-        dist.barrier()
+        for stage, (_name, work) in enumerate(stages):
+            if stage:
+                _gate(store, stage, world)
+            work()
     except Exception as error:  # gloo and NCCL raise several kinds
-        facts["error"] = {"phase": phase, "cause": (str(error).splitlines() or [repr(error)])[0][:300]}
+        facts["error"] = {"phase": stages[stage][0], "cause": (str(error).splitlines() or [repr(error)])[0][:300]}
+        with contextlib.suppress(RuntimeError):  # rank 0 has gone, and the store with it
+            for later in range(1, len(stages)):
+                store.set(f"gate/{later}", OTHERS)
     return facts
 
 
-def _groups(
-    rank: int, hosts: Sequence[Sequence[int]], backends: Sequence[str], limit: timedelta
-) -> dict[tuple[str, str], dist.ProcessGroup | None]:
-    """(backend, name) -> the groups that this rank is in: its host's ranks, the hosts' first ranks, and all.
+def _gate(store: dist.Store, stage: int, world: int) -> None:
+    """Return when every rank is here. Raises RuntimeError when one has failed, or took longer than a stage may."""
+    key = f"gate/{stage}"
+    if store.add(f"here/{stage}", 1) == world:
+        store.set(key, "")
+    store.wait([key], timedelta(seconds=STAGE_S + CONNECT_S * world))
+    if cause := store.get(key).decode():
+        raise RuntimeError(cause)
 
-    Only members make a group: with all ranks in the making of every one, that would grow with their square. torch then names it
-    by its members and by how many groups the rank has, which must be the same for all of them: so those that every rank has one
-    of come first, also where a host's has one member.
+
+def _stages(
+    facts: dict[str, Any],
+    store: dist.Store,
+    rank: int,
+    hosts: Sequence[Sequence[int]],
+    device: torch.device,
+    quick: bool,
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, what this rank does in it, which fills the facts): the same names on every rank."""
+    leaders = [ranks[0] for ranks in hosts]
+    backends = ("gloo", "nccl") if device.type == "cuda" else ("gloo",)
+    groups: Groups = {}
+
+    def compute() -> None:
+        facts["speed"] = bounded(lambda: speed(device), SPEED_S)
+        if "error" in facts["speed"]:
+            raise RuntimeError(facts.pop("speed")["error"])
+
+    def join() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            # Else torch's watchdog ends the process at a timeout, and with it what was found.
+            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+        world = sum(map(len, hosts))
+        longer = timedelta(seconds=TIMEOUT_S + CONNECT_S * world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=longer)
+        dist.barrier()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S))
+
+    def tell_time() -> None:
+        facts["clock"] = clocks(rank, leaders)
+
+    def link(backend: str) -> None:
+        if rank in leaders and len(hosts) > 1:
+            # With one rank on each host these are all ranks.
+            group = groups.get((backend, "across hosts")) or groups[backend, "all ranks"]
+            facts["links"] += [
+                {"backend": backend, **one} for one in links(rank, leaders, _on(backend, device), group, quick)
+            ]
+
+    def reduce(backend: str, name: str) -> None:
+        group = groups.get((backend, name))
+        if group is not None and (ranks := dist.get_world_size(group)) > 1:
+            rows = all_reduces(group, _on(backend, device), SIZES[: 2 if quick else None])
+            if dist.get_rank(group) == 0:
+                facts["collectives"].append({"group": name, "backend": backend, "ranks": ranks, "rows": rows})
+
+    yield SPEED, compute
+    yield "joining over gloo", join
+    yield "clocks", tell_time
+    yield "making groups", lambda: groups.update(_groups(rank, hosts, backends))
+    for backend in backends:
+        yield f"links over {backend}", lambda backend=backend: link(backend)  # type: ignore[misc]
+    for name in ("within host", "all ranks", "across hosts"):
+        for backend in backends:
+            yield f"all-reduce {name} over {backend}", lambda backend=backend, name=name: reduce(backend, name)  # type: ignore[misc]
+    yield "leaving", lambda: None
+
+
+def _on(backend: str, device: torch.device) -> torch.device:
+    return device if backend == "nccl" else torch.device("cpu")
+
+
+def _groups(rank: int, hosts: Sequence[Sequence[int]], backends: Sequence[str]) -> Groups:
+    """(backend, name) -> the groups that this rank is in: its host's ranks, all, and the hosts' first ranks where these are fewer.
+
+    Of gloo the group of all ranks is the one that they joined: another would be as many connections again, which grow with
+    their square. Only members make a group. torch then names it by its members and by how many groups the rank has, which must
+    be the same for all of them: so those that every rank has one of come first, also where a host's has one member.
     """
     leaders = [ranks[0] for ranks in hosts]
     mine = next(ranks for ranks in hosts if rank in ranks)
     every = sorted(rank for ranks in hosts for rank in ranks)
+    limit = timedelta(seconds=TIMEOUT_S)
 
-    def new(ranks: Sequence[int], backend: str) -> dist.ProcessGroup | None:
+    def new(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
         return dist.new_group(list(ranks), timeout=limit, backend=backend, use_local_synchronization=True)
 
     made = {(backend, "within host"): new(mine, backend) for backend in backends}
     if len(hosts) > 1:
-        made |= {(backend, "all ranks"): new(every, backend) for backend in backends}
-        if rank in leaders:
+        for backend in backends:
+            whole = dist.group.WORLD if backend == "gloo" else new(every, backend)
+            assert whole is not None
+            made[backend, "all ranks"] = whole
+        if len(hosts) < len(every) and rank in leaders:
             made |= {(backend, "across hosts"): new(leaders, backend) for backend in backends}
     return made
+
+
+def finish(work: dist.Work | None, device: torch.device) -> None:
+    """Wait for an operation. Raises RuntimeError at its timeout.
+
+    Of NCCL by looks first: its own wait that ends in time sleeps for milliseconds, which is more than what is measured.
+    """
+    assert work is not None
+    deadline = time.monotonic() + TIMEOUT_S
+    while device.type == "cuda" and not work.is_completed():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Timed out after {TIMEOUT_S:.0f} s")
+    work.wait()
 
 
 # ---- each rank by itself ----
@@ -180,10 +266,7 @@ def clocks(rank: int, leaders: Sequence[int]) -> list[dict[str, float]] | None:
 def exchange(tensor: torch.Tensor, peer: int, first: bool, group: dist.ProcessGroup) -> None:
     """Send ``tensor`` to ``peer`` and have it back; the peer calls it with the other ``first``."""
     for sends in (first, not first):
-        if sends:
-            dist.send(tensor, peer, group=group)
-        else:
-            dist.recv(tensor, peer, group=group)
+        finish((dist.isend if sends else dist.irecv)(tensor, peer, group=group), tensor.device)
 
 
 def links(
@@ -229,16 +312,14 @@ def all_reduces(group: dist.ProcessGroup | None, device: torch.device, sizes: Se
             break
         values = torch.zeros(size // 4, device=device)
         tries = 20 if size <= 1 << 20 else 4
-        dist.all_reduce(values, group=group)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        finish(dist.all_reduce(values, group=group, async_op=True), device)
         start = time.perf_counter()
-        for _ in range(tries):
-            dist.all_reduce(values, group=group)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        for i in range(tries):
+            work = dist.all_reduce(values, group=group, async_op=True)
+            if device.type == "cpu" or i == tries - 1:  # NCCL's follow one another by themselves
+                finish(work, device)
         mean = torch.tensor([(time.perf_counter() - start) / tries], dtype=torch.float64, device=device)
-        dist.all_reduce(mean, dist.ReduceOp.MAX, group=group)
+        finish(dist.all_reduce(mean, dist.ReduceOp.MAX, group=group, async_op=True), device)
         rows.append([size, float(mean[0])])
     return rows
 

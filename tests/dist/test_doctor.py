@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ TARGET = "tests.dist.test_doctor:examine"
 Content = dict[str, Any]
 
 
+def fails(_device: torch.device) -> dict[str, float]:
+    raise RuntimeError("CUDA out of memory")
+
+
 def examine(
     config: str,
     hosts: list[str],
@@ -31,13 +36,22 @@ def examine(
     hang: int | None = None,
     away: int | None = None,
     wait: float = 60.0,
+    full: int | None = None,
+    idle: float = 0.0,
 ) -> tuple[int, Content]:
     """Called on every rank, of which those named have another version, a clock 90 s ahead, a slow link, a link that hangs, or
     do not come at all."""
     topology = Topology.from_env()
     rank = topology.rank
+    topology = replace(topology, local_rank=hosts[:rank].count(hosts[rank]))
     if rank == away:
         return 0, {}
+    if rank == full:
+        network.speed = fails
+    if idle:  # the others have a part in what lasts longer than any operation may
+        network.TIMEOUT_S = 0.75 * idle
+        measured = network.links
+        network.links = lambda *args: [time.sleep(idle), measured(*args)][1]
     host.name = lambda: hosts[rank]
     if rank == version:
         real = host.versions
@@ -97,19 +111,26 @@ def test_each_host_is_named_with_what_is_wrong_with_it(tmp_path: Path) -> None:
     assert shard["level"] == "red" and shard["message"].startswith("c: 1 of 3 shards of data.manifest")
     assert victim.name in shard["message"]
     (config_differs,) = found(content, "config")
-    assert "on c" in config_differs["message"]
+    assert "on rank 2 (c)" in config_differs["message"]
+    assert [row["group"] for row in content["collectives"]] == ["all ranks"]  # which are those across hosts
     assert found(content, "run directory") == [] and found(content, "network") == []
     assert all(f["remedy"] for f in content["findings"] if f["level"] != "green")
     assert not list(tmp_path.glob(".doctor*"))
 
 
 def test_two_hosts_of_two_ranks_are_measured_within_and_across(tmp_path: Path) -> None:
-    args = {"config": str(save_config(tmp_path)), "hosts": ["a", "a", "b", "b"]}
+    args = {"config": str(save_config(tmp_path)), "hosts": ["a", "a", "b", "b"], "idle": 8.0, "own_flags": {3: ["--train.steps", "13"]}}
     results = run_ranks(TARGET, world=4, args=args, timeout=200)
     content = results[0][1]
     # One machine stands for two hosts, so what it says of their speed may be anything; the rest is in order.
     odd = {f["check"] for f in content["findings"] if f["level"] != "green"}
-    assert odd <= {"compute", "memory", "within host (gloo)", "batch", "ranks"}
+    assert odd <= {"compute", "memory", "within host (gloo)", "batch", "config"}
+    (ranks,) = (f["message"] for f in content["findings"] if f["check"] == "ranks")
+    assert ranks == "4 on 2 hosts, 2 on each"
+    (config,) = found(content, "config")
+    assert config["level"] == "red" and "on rank 3 (b)" in config["message"]
+    (batch,) = found(content, "batch")  # 12 rows on 4 ranks of 3 places
+    assert batch["level"] == "yellow"
     groups = {(row["group"], row["host"]): row["ranks"] for row in content["collectives"]}
     assert groups == {("within host", "a"): 2, ("within host", "b"): 2, ("all ranks", None): 4, ("across hosts", None): 2}
     for row in content["collectives"]:
@@ -125,11 +146,11 @@ def test_two_hosts_of_two_ranks_are_measured_within_and_across(tmp_path: Path) -
 
 
 def test_a_rank_that_does_not_come_is_named_by_the_first_and_the_others_leave_it_the_word(tmp_path: Path) -> None:
-    args = {"config": str(save_config(tmp_path)), "hosts": ["a", "b", "c"], "away": 1, "wait": 15.0}
+    args = {"config": str(save_config(tmp_path)), "hosts": ["a", "b", "c"], "away": 1, "wait": 5.0}
     (code, content), _, (other, nothing) = run_ranks(TARGET, world=3, args=args, timeout=120)
     assert (code, other, nothing["findings"]) == (1, 0, [])
     (finding,) = content["findings"]
-    assert finding["level"] == "red" and "rank 1 of 3 did not come within 15 s; here are a (1), c (1)" in finding["message"]
+    assert finding["level"] == "red" and "rank 1 of 3 did not come within 5 s; here are a (1), c (1)" in finding["message"]
 
 
 def test_a_link_that_hangs_ends_the_measuring_and_not_the_doctor(tmp_path: Path) -> None:
@@ -139,3 +160,10 @@ def test_a_link_that_hangs_ends_the_measuring_and_not_the_doctor(tmp_path: Path)
     assert finding["level"] == "red" and "2 of 2 ranks could not finish measuring" in finding["message"]
     assert "b at links over gloo: the link is dead" in finding["message"]
     assert found(results[0][1], "versions") == []  # what was known before is told
+
+
+def test_a_rank_that_cannot_compute_ends_the_measuring_of_all_at_once_with_its_cause(tmp_path: Path) -> None:
+    args = {"config": str(save_config(tmp_path)), "hosts": ["a", "b"], "full": 1}
+    results = run_ranks(TARGET, world=2, args=args, timeout=60)  # less than a gate's wait
+    (finding,) = found(results[0][1], "network")
+    assert "2 of 2 ranks could not finish measuring: b at computing: RuntimeError: CUDA out of memory; a at" in finding["message"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -16,11 +18,12 @@ import pytest
 
 from mlm_dist.cli import main
 from mlm_dist.doctor.bounded import bounded
-from mlm_dist.doctor.findings import Finding, Report, silent, worst
+from mlm_dist.doctor.command import LIMITS, local_limit
+from mlm_dist.doctor.findings import Finding, Report, silent, spans, worst
+from mlm_dist.doctor.host import limits
 from mlm_dist.doctor.judge_host import host
 from mlm_dist.doctor.judge_job import job
 from mlm_dist.doctor.judge_network import network, table
-from mlm_dist.doctor.meeting import spans
 from mlm_dist.doctor.network import bus_bandwidth, phases
 from mlm_dist.doctor.show import document
 from mlm_dist.errors import UserError
@@ -37,11 +40,12 @@ def healthy(hosts: int = 4, each: int = 2, gpus: int = 0) -> Report:
     versions = {"python": "3.11.7", "torch": "2.13.0", "wandb": "0.31", "commit": "abc", "platform": "Linux-6"}
     versions["torch build"] = "CUDA 12.8" if gpus else "CPU"
     corpus = {"place": "m.json", "shards": 9, "bad": 0, "causes": [], "bytes": 64 << 20, "seconds": 0.5, "failed": []}
+    corpus |= {"lost": 0.0, "allowed": 0.01}
     local: list[dict[str, Any] | None] = []
     measured: list[dict[str, Any] | None] = []
     for ranks in names.values():
         for i, rank in enumerate(ranks):
-            facts: dict[str, Any] = {"local_rank": i, "device": {"visible": gpus}}
+            facts: dict[str, Any] = {"local_rank": i, "device": {"visible": gpus}, "config": {"digest": "d"}}
             if gpus:
                 facts["device"] |= {"name": "H100", "free": 79 * GIB, "total": 80 * GIB, "nccl": "2.27.5"}
             if not i:
@@ -51,13 +55,13 @@ def healthy(hosts: int = 4, each: int = 2, gpus: int = 0) -> Report:
                     "imports": {},
                     "gpus": {"installed": installed, "driver": "570.1" if gpus else None},
                     "limits": {"open_files": 65536, "memlock": -1, "infiniband": True, "shm": 64 * GIB},
-                    "config": {"digest": "d"},
                     "shards": {"data.manifest": copy.deepcopy(corpus)},
                     "start": {
                         "parameters": 110_000_000,
                         "stage": 2,
                         "tokenizer": "t",
                         "summary": "model of 110 M parameters",
+                        "said": [],
                         "notes": [],
                         "fill": 1.0,
                         "fill_note": None,
@@ -138,6 +142,10 @@ def set_in(path: str, value: Any, rank: int = 2, which: str = "local") -> Callab
     return change
 
 
+# A corpus of which a block could not be read, within what may be lost.
+SOME_LOST: dict[str, Any] = {"place": "m.json", "shards": 9, "bad": 0, "causes": [], "bytes": 64 << 20, "seconds": 0.5}
+SOME_LOST |= {"failed": ["a.tar at byte 0: gone"], "lost": 0.01, "allowed": 0.01}
+
 # (a change of facts, the level, the check, what the message has) of a job of four hosts with two ranks each.
 CASES: list[tuple[Callable[[Report], None], str, str, str]] = [
     (set_in("versions/torch", "2.12.0"), "red", "versions", "torch: 2.12.0 on node1; 2.13.0 on the other 3 hosts"),
@@ -145,19 +153,25 @@ CASES: list[tuple[Callable[[Report], None], str, str, str]] = [
     (set_in("versions/wandb", "0.30"), "yellow", "versions", "wandb: 0.30 on node1"),
     (set_in("versions", {"error": "no answer within 15 s"}), "red", "versions", "node1: no answer within 15 s"),
     (set_in("imports", {"error": "ImportError: libcudart.so"}), "red", "imports", "node1: ImportError"),
-    (set_in("limits/open_files", 287), "yellow", "limits", "node1: 287 open files"),
-    (set_in("limits/open_files", 71), "red", "limits", "node1: 71 open files"),
+    (set_in("limits/open_files", 287), "yellow", "limits", "node1: at most 287 open files"),
+    (set_in("limits/open_files", 71), "red", "limits", "node1: at most 71 open files"),
     (set_in("limits/memlock", 65536), "yellow", "limits", "node1: locked memory"),
     (set_in("local_rank", 0, rank=3), "red", "ranks", "node1: several of the ranks 2-3"),
-    (set_in("config", {"error": "--config: cannot be read"}), "red", "config", "node1: --config"),
-    (set_in("config/digest", "other"), "red", "config", "config other on node1"),
+    (set_in("config", {"error": "--config: cannot be read"}), "red", "config", "rank 2 (node1): --config"),
+    (set_in("config/digest", "other"), "red", "config", "config other on rank 2 (node1)"),
+    (set_in("config/digest", "other", rank=3), "red", "config", "config other on rank 3 (node1)"),
+    (set_in("config", {"error": "train.stepz: no such key"}, rank=3), "red", "config", "rank 3 (node1): train.stepz"),
+    (set_in("shards/data.manifest", SOME_LOST), "yellow", "shards", "node1: blocks of data.manifest"),
     (
-        set_in("shards/data.manifest/failed", ["a.tar at byte 0: gone"]),
-        "red",
+        set_in("shards/data.manifest", SOME_LOST | {"causes": ["b.tar: gone"], "bad": 1}),
+        "yellow",
         "shards",
-        "node1: blocks of data.manifest",
+        "1 of 9 shards",
     ),
-    (set_in("shards/data.manifest/causes", ["a.tar: gone"]), "red", "shards", "a.tar: gone"),
+    (set_in("shards/data.manifest", SOME_LOST | {"lost": 0.011}), "red", "shards", "a.tar at byte 0: gone"),
+    (set_in("shards/data.manifest", SOME_LOST | {"allowed": 0.0}), "red", "shards", "a.tar at byte 0: gone"),
+    (set_in("shards/data.manifest", SOME_LOST | {"bytes": 0}), "red", "shards", "a.tar at byte 0: gone"),
+    (set_in("start/notes", ["most CPUs emulate fp16"], rank=0), "yellow", "start", "emulate fp16"),
     (set_in("shards/data.manifest/seconds", 1.0), "yellow", "shards", "slowest is node1: 67.1 MB/s"),
     (set_in("shards", {"error": "no answer within 90 s"}), "red", "shards", "node1: no answer"),
     (set_in("start", {"error": "data.tokenizer: gone"}), "red", "start", "node1: data.tokenizer"),
@@ -216,6 +230,8 @@ def test_one_wrong_fact_gives_one_finding_that_names_the_host(
 # The same facts just within the bounds.
 INSIDE = [
     set_in("limits/open_files", 288),
+    set_in("start/notes", ["one rank has nothing to partition, so zero1 runs as stage 0"], rank=0),
+    set_in("start/said", ["lanes are 97% full in the last tenth of the run"], rank=0),
     set_in("shards/data.manifest/seconds", 0.74),
     set_in("speed/tflops", 0.67, which="network"),
     set_in("clock/0/offset", 0.99, rank=0, which="network"),
@@ -316,6 +332,45 @@ def test_a_rank_that_stops_answering_is_named_and_nothing_breaks() -> None:
     assert "rank 3 on node1" in finding.message and "measurements" in finding.message
 
 
+def test_a_cause_is_told_once_and_before_what_follows_from_it() -> None:
+    report = healthy(8, 1)
+    for rank in range(8):
+        cause = f"Connection closed by peer [127.0.0.1]:{40000 + rank}"
+        of(report, rank, "network")["error"] = {"phase": "clocks", "cause": cause}
+    of(report, 6, "network")["error"] = {"phase": "computing", "cause": "CUDA out of memory"}
+    (finding,) = wrong(report)
+    assert "node6 at computing: CUDA out of memory; node0, node1" in finding.message
+    assert finding.message.count("Connection closed by peer") == 1 and "40000" not in finding.message
+
+
+def test_what_is_waited_for_is_what_the_checks_may_take() -> None:
+    assert local_limit(quick=False, with_config=True) == sum(LIMITS.values())
+    assert local_limit(quick=True, with_config=True) == sum(LIMITS.values()) - LIMITS["imports"]
+    assert local_limit(quick=False, with_config=False) == sum(LIMITS.values()) - LIMITS["shards"] - LIMITS["start"]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-3", "0", "soon"])
+def test_a_wait_is_a_number_of_seconds(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", "--wait", text])
+    assert end.value.code == 2 and "--wait" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_is_ended_leaves_nothing_behind(tmp_path: Path, signum: int, code: int) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mlm_dist.doctor", "--config", str(save_config(tmp_path)), "--local_rank", "0"]
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 100
+    while not list(tmp_path.glob(".doctor*")) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "") and "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "run.yaml", "tokenizer"]
+
+
 def test_the_document_is_plain_json_with_the_worst_level() -> None:
     report = healthy()
     findings = judged(report)
@@ -364,7 +419,7 @@ def test_one_process_on_a_config_answers_in_json_and_tells_no_secret(tmp_path: P
     env = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES} | secrets
     env |= {"WANDB_BASE_URL": "http://somebody:hunter2-hunter2@127.0.0.1:9", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mlm_dist.doctor", "--config", str(save_config(tmp_path)), "--json"]
-    command += ["--track.wandb", "online"]
+    command += ["--track.wandb", "online", "--data.cache_dir", str(tmp_path / "cache")]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
@@ -388,12 +443,18 @@ def test_a_missing_shard_is_red_and_a_wrong_key_is_the_users_mistake(
 ) -> None:
     for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    config = save_config(tmp_path)
+    config = save_config(tmp_path, data={"cache_dir": "$NOWHERE/cache"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    assert limits()["open_files"] in (hard, sys.maxsize)  # which training allows itself, too
     victim = sorted((tmp_path / "corpus").glob("*.tar"))[0]
     victim.unlink()
     assert main(["doctor", "--config", str(config), "--quick"]) == 1
     said = capfd.readouterr().out
     assert victim.name in said and "data verify" in said and "\x1b" not in said
+    assert "names a variable that is not set here" in said
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 512 or hard == 512
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert main(["doctor", "--config", str(config), "--train.stepz", "3"]) == 2
     out, err = capfd.readouterr()
     assert out == "" and "train.steps" in err

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from mlm_dist import checkpoint, cli
+from mlm_dist.doctor import job, network
 from mlm_dist.ds_config import load_template
 from mlm_dist.model.bert import ModelConfig, build, load_config
 from mlm_dist.plan_cluster import (
+    CLOCK_TRIPS,
+    DOCTOR_BYTES,
     Cluster,
     Collective,
     checkpoint_cost,
@@ -105,7 +108,8 @@ def test_the_slower_link_decides_and_one_node_crosses_none() -> None:
 
 def test_gpus_without_nvlink_get_pcie() -> None:
     assert intra_of("NVIDIA H100 80GB HBM3") == 450e9
-    assert intra_of("NVIDIA H100 PCIe") == intra_of("NVIDIA L40S") == intra_of("T4") == 32e9
+    assert intra_of("NVIDIA H100 PCIe") == intra_of("NVIDIA L40S") == intra_of("T4") == intra_of("V100-PCIE") == 32e9
+    assert intra_of("AMD Instinct MI300X") is None
 
 
 def test_a_checkpoint_is_as_the_program_writes_it(tmp_path: Path) -> None:
@@ -151,10 +155,14 @@ def plan(capsys: pytest.CaptureFixture[str], *flags: str, recipe: str = "bert_ba
         ([*FLAGS, "--storage", "0GB"], "--storage: '0GB' is not a speed"),
         ([*FLAGS, "--world-size", "8"], "--world-size: 8 contradicts --nodes 64 x --gpus-per-node 8 = 512 ranks"),
         ([*FLAGS, "--mfu", "40"], "--mfu: 40.0 must be a share"),
-        ([*FLAGS, "--gpu", "abacus"], "--gpu: the peak of 'abacus' in bf16 is not known"),
+        ([*FLAGS, "--gpu", "abacus", "--intra", "5GB"], "--gpu: the peak of 'abacus' in bf16 is not known"),
         ([*FLAGS[:4]], "--interconnect is missing"),
         (["--nodes", "0", "--interconnect", "400Gb"], "--nodes: 0 must be at least 1"),
         (["--interconnect", "400Gb"], "--interconnect: is of a cluster; give --nodes, too"),
+        (["--mfu", "0.5"], "--mfu: is of a cluster; give --nodes, too"),
+        (["--storage", "5GB"], "--storage: is of a cluster; give --nodes, too"),
+        (["--gpu", "A100"], "--gpu: is of a cluster; give --nodes, too"),
+        ([*FLAGS, "--gpu", "MI300X"], "--intra is missing: the links of 'MI300X' are not known"),
         ([], "--device-memory is missing"),
         ([*FLAGS, "--device-memory", "80GiB"], "train.global_batch: 256 rows cannot feed 512 ranks"),
     ],
@@ -183,17 +191,43 @@ def test_json_holds_the_cluster_and_the_memory(capsys: pytest.CaptureFixture[str
         assert t["sent_bytes"] == sum(c["sent"] for c in t["collectives"])
         assert t["between_s"] == t["at_links_s"]["400Gb"]
         assert t["share_of_compute"] == pytest.approx(t["between_s"] / found["step"]["compute_s"])
-    assert found["costs"] and "has no row for each of 512 ranks" in found["notes"][0]
+    assert found["costs"] and any("has no row for each of 512 ranks" in note for note in found["notes"])
     both = ["--model.config.vocab_size", "30522", "--train.global_batch", "4096", "--device-memory", "80GiB"]
     code, out, _ = plan(capsys, *FLAGS, *both, "--json")
     assert code == 0
     assert json.loads(out)["choice"] and json.loads(out)["cluster"]["step"]["micro_batches"] == 1
 
 
-def test_the_page_shows_what_the_command_prints(
+def test_one_node_needs_no_interconnect(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--nodes", "1", "--gpus-per-node", "2")
+    assert code == 0 and out.startswith("1 node x 2 GPUs = 2 ranks; each way 450 GB/s a GPU within one; storage")
+    assert "between nodes" not in out
+    code, out, _ = plan(capsys, "--nodes", "1", "--gpus-per-node", "1", "--gpu", "MI300X", "--json")
+    found = json.loads(out)["cluster"]
+    assert code == 0 and all(t["between_s"] == t["within_s"] == t["sent_bytes"] == 0 for t in found["templates"])
+
+
+def test_a_tokenizer_that_is_not_there_is_told_and_no_hub_is_asked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    from mlm_dist.data import tokenizer
+
+    monkeypatch.setattr(tokenizer, "load_pretrained", lambda *_: pytest.fail("asked"))
+    _, out, _ = plan(capsys, *FLAGS, "--data.tokenizer", "somebody/tokenizer")
+    assert "note: data.tokenizer 'somebody/tokenizer' cannot be loaded; taken as 30522 words" in out
+    _, out, _ = plan(capsys, *FLAGS, "--data.tokenizer", "bert-base-cased")
+    assert "with 28996 words" in out and "cannot be loaded" not in out
+
+
+def test_what_the_doctor_costs_is_counted_as_it_works() -> None:
+    assert (job.READ_BYTES, network.CLOCK_TRIPS) == (DOCTOR_BYTES, CLOCK_TRIPS)
+
+
+def test_the_page_shows_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)  # where no data is
     blocks = re.findall(
         r"^    \$ mlm-dist (plan .*)\n((?:    .*\n|\n)*?)(?=\n*^[^ \n])", (ROOT / "docs/scale.md").read_text(), re.M
     )
