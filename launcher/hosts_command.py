@@ -13,9 +13,10 @@ from pathlib import Path
 import launcher
 from launcher import hosts
 from launcher.command import GPUS, PROGRAM_HELP, Call, environment, runner_command, shell_line
+from launcher.exec import STOPPED
 from launcher.run_dir import RunDir, resolve
 from launcher.supervise import Job, Supervisor, check_grace
-from launcher.topology import LocalTopology, threads_per_rank, torch_is_cpu_build, visible_gpus
+from launcher.topology import LocalTopology, slurm_node_rank, threads_per_rank, torch_is_cpu_build, visible_gpus
 from mlm_dist.errors import UserError
 
 DESCRIPTION = (
@@ -71,12 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the deepspeed launcher's log and every rank's output, not only rank 0's",
     )
     add("--program", default="mlm_dist.train", metavar="MODULE", help=PROGRAM_HELP)
-    # For slurm/train.sbatch: SLURM sends TERM to the tasks of a job that it preempts.
-    add("--term-requeues", action="store_true", help=argparse.SUPPRESS)
+    # For slurm/train.sbatch, one task a node: the node's rank is SLURM's, TERM is how SLURM preempts, and a stop is no
+    # failure for which srun should kill the other tasks.
+    add("--under-slurm", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Starts the run, or this host's part of it, and returns the exit code."""
+    if args.under_slurm:
+        args.node_rank = slurm_node_rank(os.environ)
     _check(args)
     where = resolve(Path(args.config), overrides, os.environ)
     every = hosts.read_hostfile(Path(args.hostfile))
@@ -103,9 +107,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         lease=None if args.no_ssh else args.lease,
         part=args.no_ssh,
         show_all_ranks=args.verbose,
-        term_requeues=args.term_requeues,
+        term_requeues=args.under_slurm,
     )
-    return supervisor.supervise(job)
+    code = supervisor.supervise(job)
+    return 0 if args.under_slurm and code == STOPPED else code
 
 
 def _check(args: argparse.Namespace) -> None:

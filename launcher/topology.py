@@ -254,6 +254,13 @@ def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def slurm_node_rank(environ: Mapping[str, str]) -> int:
+    """The place of a task's node in its SLURM step, from 0. Raises UserError outside of one."""
+    if "SLURM_NODEID" not in environ:
+        raise UserError("no SLURM step here (SLURM_NODEID is not set); start it with srun")
+    return int(environ["SLURM_NODEID"])
+
+
 def interface_towards(host: str) -> str | None:
     """The network interface of this host that packets to `host` leave by; None when that is the loopback or cannot be told."""
     try:
