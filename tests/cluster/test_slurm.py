@@ -51,7 +51,7 @@ def test_finished_run_that_is_submitted_again_says_so(cluster: Cluster, config: 
 
 
 def test_dry_run_prints_what_is_submitted(cluster: Cluster, config: Path) -> None:
-    words = ["--config", config, "--nodes", 2, "--ntasks-per-node", 2, "--time", "10", "--cpus-per-task", 1]
+    words = ["--config", config, "--nodes", 2, "--ntasks-per-node", 2, "--time", "12", "--cpus-per-task", 1]
     words += ["--gpus-per-node", 2, "--partition", "high", "--sbatch=--hold", "--sbatch=--comment=a 'b' $HOME; c"]
     words += ["--run.name", "dry run; $(x)", "--track.every", 2]
     printed = cluster.launch("slurm", *words, "--dry-run", cwd=config.parent)
@@ -67,7 +67,7 @@ def test_dry_run_prints_what_is_submitted(cluster: Cluster, config: Path) -> Non
         script = cluster.run("scontrol", "write", "batch_script", job, "-")
         shown.append((re.sub(varying, "*", text), script))
     assert shown[0] == shown[1]
-    assert "NumNodes=2" in shown[0][0] and "TimeLimit=00:10:00" in shown[0][0], shown[0][0]
+    assert "NumNodes=2" in shown[0][0] and "TimeLimit=00:12:00" in shown[0][0], shown[0][0]
     assert shlex.split(printed)[0] == "env"
 
 
