@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from launcher import jobs
-from launcher.command import PROGRAM_HELP
 from launcher.run_dir import resolve
 from launcher.slurm import Request, sbatch_command, sbatch_variables
 from mlm_dist.errors import UserError
@@ -39,7 +38,7 @@ SETTINGS = {
     "--container-mounts": ("MLM_CONTAINER_MOUNTS", "what the container sees: FROM:TO[,...]"),
     "--stage": ("MLM_STAGE_DIR", "directory on each node's own disk to copy the shards to first"),
     "--cpu-bind": ("MLM_CPU_BIND", "srun's --cpu-bind (default cores)"),
-    "--program": ("MLM_PROGRAM", PROGRAM_HELP),
+    "--program": ("MLM_PROGRAM", argparse.SUPPRESS),  # its end is judged as a training run's
 }
 
 
