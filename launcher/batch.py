@@ -23,7 +23,8 @@ from typing import Any
 
 from launcher import jobs
 from launcher.exec import STOPPED, Report, log_path, read_reports
-from launcher.run_dir import RunDir, resolve
+from launcher.run_dir import RunDir, program_config, resolve, split_program
+from launcher.supervise import say, tail
 from launcher.topology import SlurmJob, slurm_job
 from mlm_dist.errors import UserError
 from mlm_dist.lifecycle import HEARTBEAT_S, STALE_AFTER_S
@@ -38,18 +39,19 @@ TAIL_LINES = 40
 def begin(run: RunDir, job: SlurmJob) -> int:
     """Records that the job begins and prints the run directory. Or says why there is nothing to begin: DONE when an earlier element of the
     array finished the run, 75 when it was cancelled, 2 when SLURM has restarted it into a crash loop."""
-    lines = [line for line in jobs.records(run.path) if line["lineage"] == job.lineage]
+    every = jobs.records(run.path)
+    lines = [line for line in every if line["lineage"] == job.lineage]
     if jobs.is_cancelled(lines, job.lineage):
-        _say("cancelled: this job does not begin")
+        say("cancelled: this job does not begin")
         return STOPPED
     if not job.is_first:
         if any(line["event"] == "ended" and line.get("state") == "finished" for line in lines):
-            _say(f"run {run.path} is finished; nothing to do")
+            say(f"run {run.path} is finished; nothing to do")
             return DONE
         if loop := jobs.crash_loop(lines, job.lineage):
-            _say(_looping(loop))
+            say(_looping(loop))
             return USER_ERROR
-        _outwait_lock(run, job, jobs.records(run.path))
+        _outwait_lock(run, job, every)
     for line in lines:  # what a job that was cancelled or lost left behind
         shutil.rmtree(run.job_reports(str(line.get("job"))), ignore_errors=True)
     try:
@@ -115,7 +117,7 @@ def verdict(run: RunDir, job: SlurmJob, code: int, *, early: bool = False) -> in
     try:
         jobs.record(run.path, "ended", job=job.job_id, lineage=job.lineage, state=state, code=code)
     except OSError as error:
-        _say(f"{run.path / 'jobs.jsonl'} cannot be written ({error.strerror})")
+        say(f"{run.path / 'jobs.jsonl'} cannot be written ({error.strerror})")
     reports = run.job_reports(job.job_id)
     failures = [r for r in read_reports(reports) if r.code not in (0, STOPPED)]
     shutil.rmtree(reports, ignore_errors=True)
@@ -125,7 +127,7 @@ def verdict(run: RunDir, job: SlurmJob, code: int, *, early: bool = False) -> in
     cancelled = jobs.is_cancelled(lines, job.lineage)
     if state in jobs.CLEAN:
         if status is not None and not early:
-            _say(f"{state} at step {status.step} with a checkpoint ({status.reason})")
+            say(f"{state} at step {status.step} with a checkpoint ({status.reason})")
         if cancelled or state == "cancelled":
             return STOPPED
         return REQUEUE if job.is_last else 0
@@ -134,9 +136,9 @@ def verdict(run: RunDir, job: SlurmJob, code: int, *, early: bool = False) -> in
         return USER_ERROR
     loop = jobs.crash_loop([*lines, {"event": "ended", "lineage": job.lineage, "state": state}], job.lineage)
     if cancelled or loop:
-        _say(_looping(loop) if loop else "the run crashed after it was cancelled: it is not started again")
+        say(_looping(loop) if loop else "the run crashed after it was cancelled: it is not started again")
         return code or 1
-    _say(f"the run ended with code {code}; the job asks to be requeued, to go on from the last checkpoint")
+    say(f"the run ended with code {code}; the job asks to be requeued, to go on from the last checkpoint")
     return REQUEUE
 
 
@@ -167,42 +169,30 @@ def _looping(loop: jobs.Loop) -> str:
 def _show(failures: Sequence[Report], logs: Path) -> None:
     """What failed ranks other than 0 wrote last; rank 0 wrote into the job's own log."""
     for report in failures:
-        _say(f"rank {report.rank} ended with code {report.code}")
-        path = log_path(logs, report.rank)
-        if report.rank and path.exists():
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - (1 << 16)))
-                print("\n".join(file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]), file=sys.stderr)
-
-
-def _say(message: str) -> None:
-    print(f"mlm-launch: {message}", file=sys.stderr, flush=True)
+        say(f"rank {report.rank} ended with code {report.code}")
+        for line in tail(log_path(logs, report.rank), lines=TAIL_LINES) if report.rank else ():
+            print(line, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    split = words.index("--") if "--" in words else len(words)
+    words, program = split_program(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m launcher.batch", allow_abbrev=False)
     parser.add_argument("action", choices=("begin", "stop", "verdict"))
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("--early", action="store_true")
-    args = parser.parse_args(words[:split])
-    program = argparse.ArgumentParser(prog="train.sbatch", allow_abbrev=False, add_help=False)
-    program.add_argument("--config", type=Path)
-    known, overrides = program.parse_known_args(words[split + 1 :])
+    args = parser.parse_args(words)
     try:
-        if known.config is None:
-            raise UserError("--config: missing. Give a run config, for example --config recipes/bert_base.yaml.")
+        config, overrides = program_config(program)
         job = slurm_job(os.environ)
         if job is None:
             raise UserError("no SLURM job here (SLURM_JOB_ID is not set); submit slurm/train.sbatch with sbatch")
-        run = resolve(known.config, overrides, os.environ)
+        run = resolve(config, overrides, os.environ)
         if args.action == "begin":
             return begin(run, job)
         return stop(run, job) if args.action == "stop" else verdict(run, job, args.code, early=args.early)
     except UserError as error:
-        _say(str(error))
+        say(str(error))
         return USER_ERROR
 
 

@@ -108,6 +108,19 @@ def _environment() -> dict[str, str]:
     return env
 
 
+def _choose_interface() -> None:
+    """Sets GLOO_SOCKET_IFNAME, if it is not set, to what leads to the first host.
+
+    Left alone, gloo takes the address that the host's own name stands for, which on many systems is 127.0.1.1.
+    """
+    meet = os.environ.get("MASTER_ADDR", "localhost")
+    if "GLOO_SOCKET_IFNAME" in os.environ or meet in ("localhost", "127.0.0.1"):
+        return
+    # The first host's name may stand for its loopback there; then the way out of it is the best guess (RFC 5737: nobody's address).
+    if interface := interface_towards(meet) or interface_towards("192.0.2.1"):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
 def _unpack(word: str) -> list[str]:
     """Takes over directory and environment of the call packed in `word`; its words."""
     call = Call.unpack(word)
@@ -170,13 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     under_slurm = slurm_rank(os.environ)
     os.environ.update(under_slurm)
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        # Left alone, gloo takes the address that the host's own name stands for, which on many systems is 127.0.1.1.
-        meet = os.environ.get("MASTER_ADDR", "localhost")
-        near = meet in ("localhost", "127.0.0.1")
-        # The first host's name may stand for its loopback there; then the way out of it is the best guess (RFC 5737: nobody's address).
-        interface = None if near else interface_towards(meet) or interface_towards("192.0.2.1")
-        os.environ.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+    _choose_interface()
     rank = int(os.environ.get("RANK", "0"))
     report_dir = os.environ.get(REPORT_DIR)
     tie = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -95,16 +95,12 @@ class RunDir:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def heartbeat_age(self) -> float:
-        """Seconds since the holder of `lock` last said that it lives; infinite when there is no lock."""
-        try:
-            return time.time() - (self.path / "lock").stat().st_mtime
-        except OSError:
-            return math.inf
-
     def is_held(self) -> bool:
         """Whether `lock` is there and its holder gave a sign of life of late."""
-        return self.heartbeat_age() < STALE_AFTER_S
+        try:
+            return time.time() - (self.path / "lock").stat().st_mtime < STALE_AFTER_S
+        except OSError:
+            return False
 
     def job_reports(self, job: str) -> Path:
         """Where the ranks of a SLURM job report how they ended; there as long as the job is at work on the run."""
@@ -141,6 +137,22 @@ def find_run(name: str) -> RunDir:
         if (path / "status.json").is_file() or (path / "jobs.jsonl").is_file():
             return RunDir(path)
     raise UserError(f"{name}: no run directory (neither {name}/status.json nor runs/{name}/status.json exists)")
+
+
+def split_program(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`OWN... -- PROGRAM'S...`: a command's own words and those of the program."""
+    at = words.index("--") if "--" in words else len(words)
+    return list(words[:at]), list(words[at + 1 :])
+
+
+def program_config(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The run config that the program's words name, and the rest of them. Raises UserError when they name none."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config", type=Path)
+    known, rest = parser.parse_known_args(words)
+    if known.config is None:
+        raise UserError("--config: missing. Give a run config, for example --config recipes/bert_base.yaml.")
+    return known.config, rest
 
 
 def resolve(config: Path, overrides: Sequence[str], environ: Mapping[str, str]) -> RunDir:

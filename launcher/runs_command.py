@@ -15,9 +15,11 @@ from launcher import jobs
 from launcher.exec import log_path
 from launcher.jobs import JobState, NoAnswer
 from launcher.run_dir import ENDED, RunDir, find_run
+from launcher.supervise import say
 from mlm_dist.errors import UserError
 
 FOLLOW_S = 0.5
+ASK_S = 10.0  # between questions to SLURM's controller, which all users of a cluster share
 SKEW_S = 60.0  # between clocks, when the run's last word is held against SLURM's
 
 
@@ -120,12 +122,14 @@ def logs(args: argparse.Namespace, _: list[str]) -> int:
     with path.open(errors="replace") as file:
         sys.stdout.writelines(deque(file, args.lines))
         while args.follow:
-            ended = _has_ended(run)
+            found = run.status()
+            said = found is not None and found.state in ENDED
+            over = said and not _goes_on(run)
             sys.stdout.writelines(file)
             sys.stdout.flush()
-            if ended:
+            if over:
                 break
-            time.sleep(FOLLOW_S)
+            time.sleep(ASK_S if said else FOLLOW_S)
     return 0
 
 
@@ -133,14 +137,13 @@ def _newest_log(run: RunDir) -> Path | None:
     return max(run.logs.glob("slurm-*.out"), key=lambda p: p.stat().st_mtime, default=None)
 
 
-def _has_ended(run: RunDir) -> bool:
-    found = run.status()
-    if found is None or found.state not in ENDED:
-        return False
+def _goes_on(run: RunDir) -> bool:
+    """Whether SLURM will go on with a run that says that it has ended."""
     try:
-        return not any(state.live for state in _states(run))
+        return any(state.live for state in _states(run))
     except NoAnswer:
-        return not found.requeue
+        found = run.status()
+        return found is not None and found.requeue
 
 
 def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +176,7 @@ def cancel(args: argparse.Namespace, _: list[str]) -> int:
             print(f"{run.path}: {found.state} at step {found.step}")
             return 0
         if time.monotonic() > deadline:
-            print(f"mlm-launch: {run.path}: still running after {args.wait:g} s", file=sys.stderr)
+            say(f"{run.path}: still running after {args.wait:g} s")
             return 1
         if not run.stop_request.exists() and run.is_held():
             _request(run)  # a start that had just begun has cleared it

@@ -127,8 +127,10 @@ def plan(args: argparse.Namespace, overrides: list[str], environ: dict[str, str]
     changed = {"MLM_SLURM_DIR": str(SCRIPT.parent)}
     named = args.cluster_env or environ.get("MLM_CLUSTER_ENV")
     site = None if named == "" else Path(named or CLUSTER_ENV)
+    settings = ""
     if site and site.is_file():
-        changed |= {k: v for k, v in sbatch_variables(site.read_text(), str(site)).items() if k not in environ}
+        settings = site.read_text()
+        changed |= {k: v for k, v in sbatch_variables(settings, str(site)).items() if k not in environ}
         changed["MLM_CLUSTER_ENV"] = str(site.absolute())
     elif named:
         raise UserError(f"--cluster-env {named}: no such file")
@@ -144,11 +146,7 @@ def plan(args: argparse.Namespace, overrides: list[str], environ: dict[str, str]
         if value not in allowed:
             raise UserError(f"{flag} {value}: must be {' or '.join(allowed)}")
     elsewhere = {"MLM_CONDA", "MLM_VENV", "MLM_CONTAINER", "MLM_PYTHON"} & {*changed, *environ}
-    if not elsewhere and not (
-        site
-        and site.is_file()
-        and re.search(r"^\s*(export )?MLM_(CONDA|VENV|CONTAINER|PYTHON)=", site.read_text(), re.M)
-    ):
+    if not elsewhere and not re.search(r"^\s*(export )?MLM_(CONDA|VENV|CONTAINER|PYTHON)=", settings, re.M):
         changed["MLM_PYTHON"] = sys.executable
     options: dict[str, str | None] = {
         name: value

@@ -23,7 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from launcher.run_dir import read_keys
+from launcher.run_dir import program_config, read_keys, split_program
+from launcher.supervise import say
 from mlm_dist.errors import UserError
 
 KEYS = ("data.manifest", "data.val_manifest")
@@ -115,17 +116,14 @@ def _size(path: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    split = words.index("--") if "--" in words else len(words)
+    words, program = split_program(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m launcher.stage", allow_abbrev=False)
     parser.add_argument("action", choices=("copy", "flags"))
     parser.add_argument("directory", type=Path)
-    args = parser.parse_args(words[:split])
-    program = argparse.ArgumentParser(prog="train.sbatch", allow_abbrev=False, add_help=False)
-    program.add_argument("--config", type=Path, required=True)
-    known, overrides = program.parse_known_args(words[split + 1 :])
+    args = parser.parse_args(words)
     try:
-        items = staged(known.config, overrides, os.environ, args.directory)
+        config, overrides = program_config(program)
+        items = staged(config, overrides, os.environ, args.directory)
         if args.action == "flags":
             print(shlex.join(f"--{i.key}={i.target}" for i in items))
             return 0
@@ -138,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
     except UserError as error:
-        print(f"mlm-launch: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     return 0
 

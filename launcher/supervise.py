@@ -151,7 +151,7 @@ class Supervisor:
         end = Ending(list(self._reports.values()), len(self.ranks), launcher_code, self._state(before), self._killed_by)
         code = exit_code(end)
         output = {
-            r.rank: _tail(logs[r.rank], starts[r.rank]) for r in end.reports if r.rank and r.code not in (0, STOPPED)
+            r.rank: tail(logs[r.rank], starts[r.rank]) for r in end.reports if r.rank and r.code not in (0, STOPPED)
         }
         self._tell(end, code, output)
         _tidy(absent, refused=code == 2)
@@ -343,12 +343,12 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _tail(path: Path, start: int) -> list[str]:
-    """The last lines that were written to `path` after its first `start` bytes."""
+def tail(path: Path, start: int = 0, lines: int = TAIL_LINES) -> list[str]:
+    """The last `lines` that were written to `path` after its first `start` bytes; none where it cannot be read."""
     try:
         with path.open("rb") as f:
             f.seek(max(start, _size(path) - (1 << 20)))
-            return f.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+            return f.read().decode(errors="replace").splitlines()[-lines:]
     except OSError:
         return []
 

@@ -15,7 +15,7 @@ from mlm_dist.combinations import Combination, refusal
 from mlm_dist.ds_config import for_world, load_template
 from mlm_dist.errors import UserError
 from mlm_dist.plan import TERMS, predict
-from mlm_dist.sizes import parse_size
+from mlm_dist.sizes import gib, parse_size
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -93,7 +93,7 @@ def run_memory(args: argparse.Namespace, config: Config, world_size: int, cluste
         reserve = 0 if args.reserve == "0" else _size("--reserve", args.reserve)
     if memory <= reserve:
         raise UserError(
-            f"--device-memory: {args.device_memory} leaves nothing beside --reserve, {_gib(reserve)} GiB; give the memory of the whole device, or a "
+            f"--device-memory: {args.device_memory} leaves nothing beside --reserve, {gib(reserve)} GiB; give the memory of the whole device, or a "
             "smaller reserve."
         )
     bert = sizes(config)
@@ -264,10 +264,6 @@ def _size(flag: str, text: str) -> int:
         raise UserError(f"{flag}: {error}") from None
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f}"
-
-
 def _name(way: Way) -> str:
     return way.template + (" + checkpointing" if way.checkpoint else "")
 
@@ -303,7 +299,7 @@ def _show(
     console = Console(highlight=False)
     room = memory - reserve
     console.print(
-        f"GiB of a {device} device by micro-batch; in brackets: too much for {_gib(room)}, or too near", soft_wrap=True
+        f"GiB of a {device} device by micro-batch; in brackets: too much for {gib(room)}, or too near", soft_wrap=True
     )
     table = Table()
     table.add_column("template")
@@ -314,23 +310,21 @@ def _show(
     for option in options:
         by_way.setdefault(option.way, []).append(option)
     for way, of_way in by_way.items():
-        cells = [(_gib(choice.needed(o.prediction, device)), choice.fits(o.prediction, room, device)) for o in of_way]
+        cells = [(gib(choice.needed(o.prediction, device)), choice.fits(o.prediction, room, device)) for o in of_way]
         table.add_row(_name(way), *(text if good else f"({text})" for text, good in cells))
     console.print(table)
     console.print("what a peak is made of, at the largest micro-batch that fits, or the smallest:")
     for way, of_way in by_way.items():
         best = choice.choose(of_way, room, device) or of_way[0]
         found = best.prediction
-        terms = " + ".join(
-            f"{_gib(found.device[term])} {term}" for term in TERMS if found.device[term] >= 0.005 * 2**30
-        )
-        host = f"; {_gib(found.total_host)} on the host" if found.total_host else ""
+        terms = " + ".join(f"{gib(found.device[term])} {term}" for term in TERMS if found.device[term] >= 0.005 * 2**30)
+        host = f"; {gib(found.total_host)} on the host" if found.total_host else ""
         console.print(
-            f"  {_name(way)}, {best.micro_batch} row{'s' * (best.micro_batch > 1)}: {_gib(found.total)} = {terms} ({found.moment}){host}",
+            f"  {_name(way)}, {best.micro_batch} row{'s' * (best.micro_batch > 1)}: {gib(found.total)} = {terms} ({found.moment}){host}",
             soft_wrap=True,
         )
     console.print(
-        f"{_gib(memory)} GiB of device memory, of which {_gib(reserve)} are kept for the context and fragmentation. "
+        f"{gib(memory)} GiB of device memory, of which {gib(reserve)} are kept for the context and fragmentation. "
         f"Predictions are held to be within {choice.MARGIN:.0%}: what fits leaves as much room.",
         soft_wrap=True,
     )
@@ -340,12 +334,12 @@ def _show(
         least = min(options, key=lambda option: choice.needed(option.prediction, device))
         over = int(choice.needed(least.prediction, device) * (1 + choice.MARGIN)) - room
         console.print(
-            f"nothing fits: {_name(least.way)} with micro-batches of {least.micro_batch} needs {_gib(over)} GiB more.",
+            f"nothing fits: {_name(least.way)} with micro-batches of {least.micro_batch} needs {gib(over)} GiB more.",
             soft_wrap=True,
         )
         return
     console.print(
         f"choice: deepspeed.config {chosen.way.template}, model.checkpoint_activations {str(chosen.way.checkpoint).lower()}, "
-        f"train.micro_batch {chosen.micro_batch}: {_gib(choice.needed(chosen.prediction, device))} GiB at its peak ({chosen.prediction.moment})",
+        f"train.micro_batch {chosen.micro_batch}: {gib(choice.needed(chosen.prediction, device))} GiB at its peak ({chosen.prediction.moment})",
         soft_wrap=True,
     )

@@ -18,6 +18,7 @@ from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.shard import Shard
 from mlm_dist.errors import UserError
 from mlm_dist.opening import fill_note, opening_lines
+from mlm_dist.storage.cache import place_of
 from mlm_dist.storage.store import Store
 from mlm_dist.storage.tries import StoreError
 
@@ -155,12 +156,10 @@ def start(config: Config, world_size: int, quick: bool) -> dict[str, Any]:
 
 def _check_cache(directory: str) -> None:
     """Refuse what mlm_dist.storage.cache would refuse, without making it."""
-    place = os.path.expandvars(directory)
-    if "$" in place:
-        raise UserError(f"data.cache_dir: {directory!r} names a variable that is not set here.")
-    if not os.access(nearest(Path(place)), os.W_OK):
+    place = place_of(directory)
+    if not os.access(nearest(place), os.W_OK):
         raise UserError(
-            f"data.cache_dir: {place!r} cannot be written; give a directory of your own, or null for no cache."
+            f"data.cache_dir: {str(place)!r} cannot be written; give a directory of your own, or null for no cache."
         )
 
 

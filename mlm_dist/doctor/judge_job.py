@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlm_dist.doctor.findings import Finding, Report, compare, differing, failed, group, names, spans
+from mlm_dist.sizes import gib
 
 # Below this what was read says nothing of a file system's speed.
 TELLING_BYTES = 16 << 20
@@ -167,15 +168,15 @@ def room(report: Report) -> list[Finding]:
     """Space against checkpoints."""
     found = failed(report, "room", "disk", "see that the run directory's file system answers")
     for facts in report.by_host("room").values():
-        free = f"{_gib(facts['free'])} GiB free in {facts['folder']}"
+        free = f"{gib(facts['free'])} GiB free in {facts['folder']}"
         if "checkpoint" not in facts:
             found.append(Finding("green", "disk", free))
             continue
         need, good = facts["needed"], facts["kept_for_good"]
         free += (
-            f"; a checkpoint is {_gib(facts['checkpoint'])} GiB, those kept and the one being written need {_gib(need)}"
+            f"; a checkpoint is {gib(facts['checkpoint'])} GiB, those kept and the one being written need {gib(need)}"
         )
-        free += f", those of checkpoint.keep_every {_gib(good)} more" if good else ""
+        free += f", those of checkpoint.keep_every {gib(good)} more" if good else ""
         level = "red" if facts["free"] < need else "yellow" if facts["free"] < max(2 * need, need + good) else "green"
         remedy = "free space, give another --run.dir, or keep fewer (--checkpoint.keep)" if level != "green" else ""
         found.append(Finding(level, "disk", free, remedy))  # type: ignore[arg-type]
@@ -201,7 +202,3 @@ def wandb(report: Report) -> list[Finding]:
         else:
             found.append(Finding("green", "W&B", f"online; {facts['url']} answers and a login is there"))
     return found
-
-
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.2f}"

@@ -26,6 +26,14 @@ _USAGE = "usage"
 _FILE = re.compile(r"[0-9a-f]{40}\.blocks")
 
 
+def place_of(directory: str | Path) -> Path:
+    """The directory that ``data.cache_dir`` means on this node: ``~`` and ``$NAME`` expanded, absolute. Raises UserError for a variable that is not set."""
+    place = Path(os.path.expandvars(directory)).expanduser().absolute()
+    if "$" in str(place):
+        raise UserError(f"data.cache_dir: {str(directory)!r} names a variable that is not set here.")
+    return place
+
+
 class Cache:
     """A size-bounded cache of blocks in a directory of the node.
 
@@ -51,13 +59,11 @@ class Cache:
     """
 
     def __init__(self, directory: str | Path, size: int) -> None:
-        self.directory = Path(os.path.expandvars(directory)).expanduser().absolute()
         self.size = size
         self._counted_by = self._off_in = 0
         if size < 1:
             raise UserError(f"data.cache_size: {size} must be a positive number of bytes.")
-        if "$" in str(self.directory):
-            raise UserError(f"data.cache_dir: {str(directory)!r} names a variable that is not set here.")
+        self.directory = place_of(directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self._locked():
