@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import batch, jobs, slurm_command, stage
+from launcher import batch, cli, jobs, slurm_command, stage
 from launcher.cli import make_parser
 from launcher.exec import Report, write_report
 from launcher.jobs import JobState, crash_loop, most_telling, parse_scontrol
@@ -774,6 +774,26 @@ def test_what_was_cancelled_is_neither_requeued_nor_begun(cancel: Cancelled, scr
     Path("seen.json").unlink()
     code, said = script.run(SLURM_RESTART_COUNT="1")
     assert code == 75 and "does not begin" in said and not Path("seen.json").exists()
+
+
+def test_logs_shows_the_end_of_a_jobs_log_and_follows_it_to_the_runs_end(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(config.parent / "runs/job")
+    run.logs.mkdir(parents=True)
+    status = {"state": "finished", "requeue": False, "step": 5, "reason": ""}
+    (run.path / "status.json").write_text(json.dumps(status))
+    assert cli.main(["logs", "job"]) == 2
+    assert "no such log" in capsys.readouterr().err
+    for number, name in enumerate(("slurm-7.out", "slurm-12.out", "rank-00003.log")):
+        (run.logs / name).write_text("".join(f"{name} {i}\n" for i in range(9)))
+        os.utime(run.logs / name, (number, number))
+    assert cli.main(["logs", "job", "-n", "2", "--follow"]) == 0
+    assert capsys.readouterr().out == "slurm-12.out 7\nslurm-12.out 8\n"
+    assert cli.main(["logs", "job", "-n", "1", "--rank", "3"]) == 0
+    assert capsys.readouterr().out == "rank-00003.log 8\n"
+    assert cli.main(["logs", "job", "--rank", "4"]) == 2
+    assert "there are rank-00003.log, slurm-12.out" in capsys.readouterr().err
 
 
 # Staging --------------------------------------------------------------------------------------------------------------
