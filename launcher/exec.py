@@ -45,6 +45,7 @@ class Report:
     code: int
     time: int
     host: str = ""
+    lag: int = 0  # ns from its end to this report, in which what it left running was ended
 
 
 def write_report(directory: Path, report: Report) -> None:
@@ -55,12 +56,13 @@ def write_report(directory: Path, report: Report) -> None:
 
 
 def read_reports(directory: Path) -> list[Report]:
-    """All reports in `directory`, the earliest first: by the clock of their host, or by the file server's stamps when
-    they come from several hosts, whose clocks have nothing in common."""
+    """All reports in `directory`, of the rank that ended first first: by the clock of their host, or by the file server's
+    stamps when they come from several hosts, whose clocks have nothing in common."""
     found = []
     for path in directory.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError):  # a shared file system may show the name before the content
-            found.append((path.stat().st_mtime_ns, Report(**json.loads(path.read_text()))))
+            report = Report(**json.loads(path.read_text()))
+            found.append((path.stat().st_mtime_ns - report.lag, report))
     one_host = len({report.host for _, report in found}) <= 1
     return [r for _, r in sorted(found, key=lambda f: f[1].time if one_host else f[0])]
 
@@ -207,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         child.kill()
         print(f"{host}: {e.strerror}: {report_dir}: the hosts must share the run's directory", file=sys.stderr)
         return 2
+    ended = time.monotonic_ns()
     if tie:
         _end_helpers(tie, LINGER_S if code in (0, STOPPED) else LINGER_S / 10)
     for relay in relays:
@@ -215,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The first rank to end would have srun kill the others; how the run ended is in its status.
         return 0 if under_slurm and code == STOPPED else code
     try:
-        write_report(Path(report_dir), Report(rank, code, time.monotonic_ns(), host))
+        write_report(Path(report_dir), Report(rank, code, ended, host, time.monotonic_ns() - ended))
     except OSError:
         return code
     return 0 if code == STOPPED else code

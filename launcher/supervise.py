@@ -108,7 +108,7 @@ class Supervisor:
         self._lease_s = lease
         self._part = part
         self._lease: Lease | None = None
-        self._reports: dict[int, Report] = {}  # by rank, the earliest first
+        self._reports: dict[int, Report] = {}  # by rank, in the order of their ends
         self._holder = run.holder()  # of the run directory before this job began
         self._signals: list[int] = []
         self._requeue_on = {signal.SIGUSR1, *([signal.SIGTERM] if term_requeues else [])}
@@ -237,7 +237,10 @@ class Supervisor:
                 return
             if linger_deadline is None:
                 if self._over(tree, reports_dir):
-                    linger_deadline = now + (LINGER_S / 10 if tree.code or self._failed() else LINGER_S)
+                    failed = LINGER_S / 10 + (
+                        2 * BEAT_S if self._lease else 0.0
+                    )  # the reports of other hosts come late
+                    linger_deadline = now + (failed if tree.code or self._failed() else LINGER_S)
                 elif tree.code is not None and now >= settled and self._reason is None:
                     # The ranks do not notice that the launcher above them is gone.
                     stop_deadline = self._ask_to_stop(tree, "the deepspeed launcher died", "the ranks live on for now")
@@ -249,9 +252,8 @@ class Supervisor:
     def _look(self, lease: Lease, reports_dir: Path) -> None:
         """Renews the lease and notes what the ranks on other hosts have written."""
         lease.renew()
-        # Those that came since the last look are put in order by `read_reports`; what was seen earlier was earlier.
-        for report in read_reports(reports_dir):
-            self._reports.setdefault(report.rank, report)
+        # Of ranks that end together the one whose workers were left running reports last, though it may have ended first.
+        self._reports = {r.rank: r for r in read_reports(reports_dir)} or self._reports
 
     def _failed(self) -> bool:
         return any(r.code not in (0, STOPPED) for r in self._reports.values())

@@ -352,6 +352,8 @@ def test_who_failed_first_by_one_hosts_clock_or_by_the_file_servers(tmp_path: Pa
 
     assert reports(Report(0, 1, 50, "a"), Report(1, 1, 40, "a"), Report(2, 1, 60, "a")) == [1, 0, 2]
     assert reports(Report(0, 1, 50, "a"), Report(1, 1, 40, "b"), Report(2, 1, 60, "b")) == [0, 1, 2]
+    # The last to report, for its workers were ended first, was the first to end.
+    assert reports(Report(0, 1, 50, "a"), Report(1, 137, 40, "b", lag=5), Report(2, 1, 60, "b")) == [1, 0, 2]
 
 
 # Jobs -----------------------------------------------------------------------------------------------------------------
