@@ -60,8 +60,13 @@ class TrainConfig:
         clip: largest global L2 norm of the gradients; 0 is off.
         deterministic: bitwise repeatable kernels on CUDA (CPU is so anyway).
         timeout: seconds after which a collective that does not finish ends the run.
-        max_skipped: consecutive steps with a non-finite loss or gradient before the run stops; overflows that fp16's loss
-            scale answers by halving itself are not counted.
+        max_skipped: consecutive steps with a non-finite loss or gradient, or with a spike, before the run goes back; overflows
+            that fp16's loss scale answers by halving itself are not counted.
+        max_rollbacks: how often in the life of the run it may go back, to the last checkpoint before such steps, to leave
+            them out from there on; after that it stops.
+        spike: a step is skipped when its loss is above the median of the last 128 by more than so many (robust) standard
+            deviations and by a tenth; null: none is. 10 is cautious. Steps on another mix of data or with another masking
+            rate are not spikes, but may look like them.
     """
 
     steps: int | None = None
@@ -75,6 +80,8 @@ class TrainConfig:
     deterministic: bool = False
     timeout: float = 1800.0
     max_skipped: int = 10
+    max_rollbacks: int = 3
+    spike: float | None = None
 
     def check(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -95,6 +102,10 @@ class TrainConfig:
             if isinstance(value, int) and value < 1:
                 raise UserError(f"train.{key}: {value} must be at least 1.")
         self.batch_warmup()
+        if self.max_rollbacks < 0:
+            raise UserError(f"train.max_rollbacks: {self.max_rollbacks} is negative; 0 stops the run instead.")
+        if self.spike is not None and not (math.isfinite(self.spike) and self.spike > 0):
+            raise UserError(f"train.spike: {self.spike} must be a positive number of standard deviations, or null.")
         if not (math.isfinite(self.clip) and self.clip >= 0):
             raise UserError(f"train.clip: {self.clip} must be a positive number, or 0 for no clipping.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):

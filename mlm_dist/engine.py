@@ -22,7 +22,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from mlm_dist.errors import UserError
 from mlm_dist.loss_scale import LossScaler
 from mlm_dist.micro_batch import MicroBatch, on_device
 from mlm_dist.optim import CLASSES, STATE_KEYS, OptimConfig, build_optimizer, param_groups
+from mlm_dist.spikes import SpikeGuard
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class StepResult:
     """A loss or gradient was not finite on some rank: weights, moments and Adam's step are as before, on every rank."""
     overflow: bool
     """Skipped because gradients overflowed under fp16's loss scale, which is halved now: no fault of data or weights."""
+    seen: Literal["loss", "gradient", "spike", None] = None
+    """Of a skipped step: the first thing that was not finite on this rank; "spike" on every rank if it was that."""
 
 
 class Engine:
@@ -69,6 +72,7 @@ class Engine:
         prefix: str = "model.",
         clock: StepClock | None = None,
         leaves: Sequence[type[nn.Module]] = (),
+        spikes: SpikeGuard | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +84,7 @@ class Engine:
             clock: gets the time of the phases of each step.
             leaves: classes of modules whose parameters stage 3 gathers together, and whose parts get no hooks: those
                 with a compiled forward, which a hook would break.
+            spikes: judges the loss of each global batch; a step with a spike is skipped. None: none is.
 
         Raises:
             UserError: a setting of `optim` is not possible.
@@ -99,6 +104,9 @@ class Engine:
         # Names and shapes before DeepSpeed partitions the parameters; named_parameters() gives a tied one once.
         self._parameters = {name.removeprefix(prefix): p for name, p in module.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
+        self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device)
+        self._watch_gradient()
+        self._spikes = spikes
         self._optim_class = CLASSES[optim.name]
         self._optim_meta = _group_meta(module, optim, prefix)
         rounds_weights = "bf16" in ds_config
@@ -165,6 +173,8 @@ class Engine:
         scale = self.world_size / selected_total * self._begin_scaling()
         losses: list[Tensor] = []
         corrects: list[Tensor] = []
+        self._bad_gradient.zero_()
+        total, spike = None, None
         for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             torch.manual_seed(seed)
@@ -173,19 +183,29 @@ class Engine:
             # An infinite loss can have finite gradients. Made NaN here, without waiting for the device, they reach
             # every rank's norm.
             weight = torch.where(torch.isfinite(loss.detach()), scale, math.nan)
-            with self.clock.phase("backward"):
-                self._engine.backward(loss * weight, scale_wrt_gas=False)
             losses.append(loss.detach())
             corrects.append(correct)
+            if self._spikes is not None and index == len(micro_batches) - 1:
+                total = self._global_sum(losses) / selected_total
+                spike = self._spikes.is_spike(total)
+                weight = torch.where(spike, math.nan, weight)  # skipped by the same way
+            with self.clock.phase("backward"):
+                self._engine.backward(loss * weight, scale_wrt_gas=False)
         with self.clock.phase("optimizer"):
             grad_norm, skipped = self._apply()
         step_losses = torch.stack(losses)
+        if self._spikes is not None and not skipped:
+            assert total is not None
+            self._spikes.accept(total)
+        spiked = skipped and spike is not None and bool(spike)
+        overflow = not spiked and self._end_scaling(step_losses, skipped)
         return StepResult(
             loss_sum=step_losses.double().sum(),
             correct=torch.stack(corrects).sum(),
             grad_norm=grad_norm,
             skipped=skipped,
-            overflow=self._end_scaling(step_losses, skipped),
+            overflow=overflow,
+            seen="spike" if spiked else self._seen(step_losses) if skipped and not overflow else None,
         )
 
     def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -208,6 +228,31 @@ class Engine:
         nn.functional.linear = self._linear
         # The process's too: a later engine would reduce by autocast's rules.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+
+    def _watch_gradient(self) -> None:
+        """Notes a gradient of this rank alone that is not finite: after the reduction every rank's is not.
+
+        What goes wrong anywhere in the backward pass comes down to the first layer, where a vector's gradient is small.
+        """
+
+        def look(gradient: Tensor) -> None:
+            self._bad_gradient.logical_or_(~torch.isfinite(gradient).all())
+
+        next(p for p in self._parameters.values() if p.ndim == 1).register_hook(look)
+
+    def _global_sum(self, losses: Sequence[Tensor]) -> Tensor:
+        """Sum over all ranks, fp64 scalar. In the group in which DeepSpeed reduces, so that the order is one for all."""
+        from deepspeed import comm
+
+        total = torch.stack(list(losses)).double().sum()
+        if self.world_size > 1:
+            comm.all_reduce(total, group=self._engine.data_parallel_group)
+        return total
+
+    def _seen(self, losses: Tensor) -> Literal["loss", "gradient", None]:
+        if not torch.isfinite(losses).all():
+            return "loss"
+        return "gradient" if self._bad_gradient else None
 
     def _apply(self) -> tuple[float | Tensor, bool]:
         """Steps the optimizer unless the gradient is not finite; (norm before clipping, skipped)."""

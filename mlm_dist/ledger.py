@@ -1,4 +1,4 @@
-"""The ledger: the documents that a run goes on without. What it holds is part of what the training data is a function of."""
+"""The ledger: the documents and steps that a run goes on without. What it holds is part of what the training data is a function of."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,23 +12,54 @@ class DataLoss(Exception):
     """More documents were lost to faults than ``data.max_bad_fraction`` allows; lists them."""
 
 
+# The first and the last of consecutive batches, numbered from 0.
+Skip = tuple[int, int]
+
+
+def leaves_out(skips: Iterable[Skip], batch: int) -> bool:
+    """Whether ``batch``, numbered from 0, is not trained on."""
+    return any(first <= batch <= last for first, last in skips)
+
+
 def _key(fault: dict[str, Any]) -> tuple[Any, ...]:
     return fault["source"], fault["epoch"], fault["block"], fault["whole"], fault["cause"]
 
 
 class Ledger:
-    """Rank 0's list of ``DataFault`` records, as dicts, in the order they were met."""
+    """Rank 0's list of what is left out.
 
-    def __init__(self, faults: Iterable[dict[str, Any]] = ()):
+    Attributes:
+        faults: ``DataFault`` records, as dicts, in the order they were met.
+        skips: (first, last) batches, numbered from 0, of each roll-back: read, so that what follows is the same, and not trained on.
+    """
+
+    def __init__(self, faults: Iterable[dict[str, Any]] = (), skips: Iterable[Sequence[int]] = ()):
         self.faults: list[dict[str, Any]] = []
+        self.skips: list[Skip] = []
         self._known: Counter[tuple[Any, ...]] = Counter()
         self.add(faults)
+        self.add_skips(skips)
 
     @classmethod
     def read(cls, events: Path) -> "Ledger":
         """The ledger that a run's ``events.jsonl`` holds: every loss was written there before the step that went on without it."""
         keys = ("source", "epoch", "block", "shard", "offset", "whole", "documents", "cause")
-        return cls({k: r[k] for k in keys} for r in read_json_lines(events) if r.get("kind") == "data_loss")
+        records = list(read_json_lines(events))
+        return cls(
+            ({k: r[k] for k in keys} for r in records if r.get("kind") == "data_loss"),
+            (r["skip"] for r in records if r.get("kind") == "rollback"),
+        )
+
+    def add_skips(self, skips: Iterable[Sequence[int]]) -> None:
+        """Add what is not yet in it, each (first, last)."""
+        for first, last in skips:
+            if (first, last) not in self.skips:
+                self.skips.append((first, last))
+
+    def made_before(self, step: int, skips: Iterable[Sequence[int]]) -> bool:
+        """Whether a checkpoint after ``step`` steps, whose own ledger has ``skips``, is of before a roll-back and trained on what that leaves out."""
+        known = {(first, last) for first, last in skips}
+        return any(first < step and (first, last) not in known for first, last in self.skips)
 
     def add(self, faults: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Add what is not yet in it; returns that. Two equal faults of one block in one report are two documents; a report met again on resume is none."""

@@ -314,6 +314,8 @@ class Tracker:
     def _compare(self, key: tuple[str, int], before: tuple[Any, Any], line: Mapping[str, Any]) -> None:
         if self._differed or before == _summary_of(line) or before[1] != line["world_size"]:
             return
+        if line.get("loss") is None:  # left out this time: there is an event of it
+            return
         self._differed = True  # once an attempt: the steps after it differ too
         self.event(
             {

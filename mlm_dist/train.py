@@ -10,25 +10,25 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mlm_dist import autobatch, branch, checkpoint, choice, distributed, evaluate
+from mlm_dist import autobatch, branch, checkpoint, choice, distributed, evaluate, rollback
 from mlm_dist.clock import COMMUNICATION, StepClock, timed_collectives
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
 from mlm_dist.data.rng import keyed_seed
-from mlm_dist.data.stream import Batch
-from mlm_dist.engine import Engine
+from mlm_dist.data.stream import Batch, Origin
+from mlm_dist.engine import Engine, StepResult
 from mlm_dist.errors import UserError
 from mlm_dist.feed import Feeder
 from mlm_dist.hardware import dense_peak
 from mlm_dist.inputs import Inputs
-from mlm_dist.ledger import DataLoss, Ledger
+from mlm_dist.ledger import DataLoss, Ledger, leaves_out
 from mlm_dist.lifecycle import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -50,7 +50,9 @@ from mlm_dist.model.compiled import compile_together, layer_class
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.opening import opening_lines
 from mlm_dist.plan_job import Job
+from mlm_dist.rollback import verdict
 from mlm_dist.schedule import lr_factor
+from mlm_dist.spikes import SpikeGuard
 from mlm_dist.tracking import Tracker
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
@@ -71,7 +73,10 @@ class Run:
         self.flag = StopFlag()
         self.clock = StepClock(topology.device)
         self.tracker: Tracker | None = None
+        spike = self.config.train.spike
+        self.spikes = None if spike is None else SpikeGuard(spike, topology.device)
         self.step = self.tokens = self.bytes = self.skipped = 0
+        self.bad_steps: list[int] = []  # batches that went wrong one after the other, up to now
         self.saved_step: int | None = None
         self.validated_step: int | None = None
 
@@ -90,7 +95,7 @@ class Run:
         if "error" in answer:
             raise UserError(answer["error"])
         self.dir.attempt, self.finished_before = answer["attempt"], answer["finished"]
-        self.lost, self.source = frozenset(answer["lost"]), answer["source"]
+        self.lost, self.skips, self.source = frozenset(answer["lost"]), answer["skips"], answer["source"]
         return answer["checkpoint"]
 
     def _open_first(self) -> dict[str, Any]:
@@ -104,6 +109,8 @@ class Run:
             changed = self.dir.check_identity(identity, config.guarded(), self.allow_change)
             status = self.dir.last_status or {}
             finished = status.get("state") == "finished" and not changed
+            self.ledger = Ledger.read(path / "events.jsonl")
+            rollback.discard(rollback.void_checkpoints(path, self.ledger))
             found = checkpoint.newest(path, self.console.say)
             if found is None and (damaged := checkpoint.committed(path)):
                 raise UserError(
@@ -116,9 +123,9 @@ class Run:
                 assert config.model.name_or_path is not None
                 source = str(from_run.newest(config.model.name_or_path, self.console.say))
             reader = None if found is None else checkpoint.Reader(found)
-            self.ledger = Ledger.read(path / "events.jsonl")
             if reader is not None:
                 self.ledger.add(reader.trainer["ledger"])
+                self.ledger.add_skips(reader.trainer.get("skips", ()))
             if verdict := self.ledger.verdict(self.inputs.num_documents, config.data.max_bad_fraction):
                 raise UserError(
                     verdict + "\nMend the data, or raise data.max_bad_fraction to go on without these documents."
@@ -137,6 +144,7 @@ class Run:
             "source": source,
             "finished": finished,
             "lost": list(self.ledger.lost_blocks()),
+            "skips": self.ledger.skips,
         }
 
     def _branch(self, source: str, identity: dict[str, Any]) -> Path:
@@ -205,18 +213,43 @@ class Run:
             device=self.topology.device,
             clock=self.clock,
             leaves=[layer_class(module)] if self.compiled else [],
+            spikes=self.spikes,
         )
         self.cursors = self.stream.start_cursors()
-        self.wandb_id = None
+        self.wandb_id = None if reader is None else reader.trainer["wandb_id"]
         if reader is not None:
-            self.engine.restore(reader.parameter, reader.state, reader.optimizer)
-            state = reader.trainer
-            self.step = self.saved_step = state["step"]
-            self.tokens, self.bytes, self.skipped = state["tokens"], state["bytes"], state["skipped"]
-            self.cursors, self.wandb_id = np.asarray(state["cursors"], np.int64), state["wandb_id"]
+            self._go_on_from(reader)
         self.writer = checkpoint.Writer(
             self.dir.path, config.checkpoint, self.topology.rank, self.topology.world_size, self.dir.attempt
         )
+
+    def _go_on_from(self, reader: checkpoint.Reader) -> None:
+        """Take over weights, moments, counters and the place in the data. Collective."""
+        self.engine.restore(reader.parameter, reader.state, reader.optimizer)
+        state = reader.trainer
+        self.step = self.saved_step = state["step"]
+        self.tokens, self.bytes, self.skipped = state["tokens"], state["bytes"], state["skipped"]
+        self.cursors = np.asarray(state["cursors"], np.int64)
+        self.bad_steps = list(state.get("bad_steps", ()))
+        if self.spikes is not None:
+            self.spikes.load(state.get("recent_losses") or ())
+
+    def _begin_again(self) -> None:
+        """Take back every step: the weights that the run began with. Collective."""
+        section = self.config.model
+        if section.init == "run":
+            section = replace(section, name_or_path=self.source)
+        weights = dict(self._new_module(section).named_parameters())
+        shapes = self.engine.shapes()
+        self.engine.restore(
+            lambda name: weights[f"model.{name}"].detach(),
+            lambda _key, name: torch.zeros(shapes[name]),
+            {**self.engine.optimizer_meta(), "step": 0, "scaler": None},
+        )
+        self.step = self.tokens = self.bytes = self.skipped = 0
+        self.saved_step, self.cursors, self.bad_steps = None, self.stream.start_cursors(), []
+        if self.spikes is not None:
+            self.spikes.load(())
 
     def _new_weights(self) -> ModelConfig:
         """The section ``model`` of a model of the run's sizes that reads no weights."""
@@ -322,9 +355,14 @@ class Run:
             return self._end("finished")
         restart_peak_memory(self.topology.device)
         meter = self._meter()
-        batches = self.stream.batches(self.step, self.cursors, self.lost)
-        with Feeder(batches, self.stream.collate, self.topology.device) as feeder, timed_collectives(self.clock):
-            outcome, unlogged = self._steps(feeder, meter)
+        outcome = "diverged"
+        while outcome == "diverged":
+            batches = self.stream.batches(self.step, self.cursors, self.lost)
+            with Feeder(batches, self.stream.collate, self.topology.device) as feeder, timed_collectives(self.clock):
+                outcome, unlogged = self._steps(feeder, meter)
+            if outcome == "diverged":
+                with meter.pause():
+                    self._roll_back()
         if unlogged is not None:
             self._log(*unlogged, meter)
         return self._end(outcome)
@@ -342,9 +380,8 @@ class Run:
         return Meter(self.clock, flops, world_size=self.topology.world_size, peak=peak)
 
     def _steps(self, feeder: Feeder, meter: Meter) -> tuple[str, tuple[Any, int, float] | None]:
-        """Steps until the end or a stop: (how it ended, what of the last step is not logged yet)."""
+        """Steps until the end, a stop or too many bad ones: (how it ended, what of the last step is not logged yet)."""
         config = self.config
-        not_finite = 0
         unlogged: tuple[Any, int, float] | None = None
         while True:
             with meter.waiting():
@@ -370,31 +407,30 @@ class Run:
                 return "finished", unlogged
             result = None
             lr = config.optim.lr * lr_factor(self.step, self.progress(), config.optim)
-            if selected:
+            left_out = leaves_out(self.skips, self.step)
+            if selected and not left_out:
                 seeds = [
                     keyed_seed(config.run.seed, "dropout", self.step, i, self.topology.rank)
                     for i in range(len(micro_batches))
                 ]
                 result = self.engine.step(micro_batches, selected_total=selected, lr=lr, seeds=seeds)
-            # Overflows are how fp16 finds its loss scale; at the smallest one they are none any more, so they end.
-            if result is None or not result.overflow:
-                not_finite = not_finite + 1 if result is not None and result.skipped else 0
+            bad = result is not None and result.skipped and not result.overflow
+            if bad:
+                self.bad_steps = [*self.bad_steps, self.step]
+            elif result is not None and not result.overflow:  # by overflows fp16 finds its loss scale
+                self.bad_steps = []
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
             self.cursors = batch.cursors
             meter.count(tokens, attended, selected)
-            if result is None:
-                self._record_skip("no token was selected")
-            elif result.skipped:
-                self._record_skip(
-                    f"gradients overflowed in fp16; the loss scale is now {self.engine.loss_scale:.0f}"
-                    if result.overflow
-                    else "loss or gradient is not finite"
-                )
-            if not_finite >= config.train.max_skipped:
-                raise FloatingPointError(
-                    f"loss or gradient was not finite for {not_finite} steps in a row up to step {self.step} (train.max_skipped). "
-                    "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
-                )
+            if bad:
+                assert result is not None
+                self._record_bad(batch, result)
+            elif result is None:
+                self._record_skip("left out since a roll-back" if left_out else "no token was selected")
+            elif result.overflow:
+                self._record_skip(f"gradients overflowed in fp16; the loss scale is now {self.engine.loss_scale:.0f}")
+            if len(self.bad_steps) >= config.train.max_skipped:
+                return "diverged", None
             unlogged = result, selected, lr
             if self.step % config.track.every == 0 or self.step in (1, config.train.steps):
                 self._log(*unlogged, meter)
@@ -436,11 +472,60 @@ class Run:
         if verdict:
             raise DataLoss(verdict)
 
-    def _record_skip(self, why: str) -> None:
+    def _record_skip(self, why: str, **facts: Any) -> None:
         self.skipped += 1
         if self.tracker:
-            self.tracker.event({"kind": "skipped_step", "step": self.step, "why": why})
+            self.tracker.event({"kind": "skipped_step", "step": self.step, "batch": self.step - 1, "why": why, **facts})
             self.console.say(f"step {self.step} skipped: {why}")
+
+    def _record_bad(self, batch: Batch, result: StepResult) -> None:
+        """Write down what was wrong with a step that all ranks skipped, on which of them, and what text was in it. Collective."""
+        # Of a stream of its own, for the other is being read by the feeder.
+        stream = self.inputs.stream(self.topology.rank, self.topology.world_size)
+        told = self.control.gather((result.seen, sorted({astuple(o) for o in stream.origins(batch)})))
+        why, facts = "", {}
+        if told is not None:
+            cause, ranks, why = verdict([seen for seen, _ in told])
+            blocks = sorted({Origin(*o) for _, part in told for o in part}, key=astuple)
+            facts = {"cause": cause, "ranks": ranks, "blocks": [asdict(o) for o in blocks]}
+            why += f" (mlm-dist data show --run {self.dir.path} --step {self.step - 1})"
+        self._record_skip(why, **facts)
+
+    def _roll_back(self) -> None:
+        """Go back to before the steps that went wrong, and leave their batches out from now on. Collective.
+
+        Raises:
+            FloatingPointError: as often as is allowed already.
+        """
+        bad, config = self.bad_steps, self.config.train
+        what = f"{len(bad)} steps in a row up to step {self.step} went wrong (train.max_skipped)"
+        if len(self.skips) >= config.max_rollbacks:
+            raise FloatingPointError(
+                f"{what}, after {len(self.skips)} roll-back(s) (train.max_rollbacks); events.jsonl tells of each. "
+                "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
+            )
+        self.writer.wait()
+        self.control.barrier()  # now what all have written is there
+        plan = None
+        if self.tracker is not None:
+            plan = rollback.plan(self.dir.path, self.ledger, bad, self.console.say)
+            first, last = plan.skip
+            # Before anything is done: a start after a crash finds it, and goes back likewise.
+            self.tracker.event(
+                {"kind": "rollback", "step": self.step, "to": plan.step, "skip": plan.skip, "bad": bad, "why": what}
+            )
+            self.ledger.add_skips([plan.skip])
+            rollback.discard(rollback.void_checkpoints(self.dir.path, self.ledger))
+            self.console.say(
+                f"{what}: back to step {plan.step}, and from there without batches {first} to {last} (events.jsonl)"
+            )
+        plan = self.control.broadcast(plan)
+        self.lost = self.control.broadcast(self.ledger.lost_blocks() if self.is_first else None)
+        self.skips = [*self.skips, plan.skip]
+        if plan.to is None:
+            self._begin_again()
+        else:
+            self._go_on_from(checkpoint.Reader(plan.to))
 
     def _log(self, result: Any, selected: int, lr: float, meter: Meter) -> None:
         mine = (0.0, 0) if result is None else (float(result.loss_sum), int(result.correct))
@@ -448,7 +533,8 @@ class Run:
         speed = meter.read()
         if parts is None or self.tracker is None:
             return
-        loss = math.fsum(p[0] for p in parts) / selected if selected else math.nan
+        seen = selected if result is not None else 0
+        loss = math.fsum(p[0] for p in parts) / seen if seen else math.nan
         epoch = self.bytes / self.inputs.num_bytes
         progress = self.progress()
         record: dict[str, Any] = {
@@ -456,7 +542,7 @@ class Run:
             "step": self.step,
             "loss": loss,
             "perplexity": math.exp(min(loss, 80.0)),
-            "accuracy": sum(p[1] for p in parts) / selected if selected else math.nan,
+            "accuracy": sum(p[1] for p in parts) / seen if seen else math.nan,
             "lr": lr,
             "grad_norm": None if result is None else float(result.grad_norm),
             "tokens": self.tokens,
@@ -524,6 +610,9 @@ class Run:
                 "progress": self.progress(),
                 "cursors": merged.tolist(),
                 "ledger": self.ledger.faults,
+                "skips": self.ledger.skips,
+                "bad_steps": self.bad_steps,
+                "recent_losses": None if self.spikes is None else self.spikes.state(),
                 "wandb_id": self.tracker.wandb_id if self.tracker else None,
                 "micro_batch": self.micro_batch_record,
                 "attempt": self.dir.attempt,

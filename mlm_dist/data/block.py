@@ -81,6 +81,10 @@ class BlockMaker:
         shard = int(np.searchsorted(self._first_block, block, side="right")) - 1
         return shard, int(block - self._first_block[shard])
 
+    def where(self, block: int) -> tuple[str, int, int]:
+        """(shard path relative to the manifest, byte offset, bytes)."""
+        return self._address(*self.locate(block))[:3]
+
     def rows(self, block: int, epoch: int, steps: Callable[[int], np.ndarray]) -> tuple[Rows, list[DataFault]]:
         """The block's rows in ``epoch``, and what was lost in making them. A block that cannot be read gives no row and one fault with all its documents.
 

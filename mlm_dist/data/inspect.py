@@ -5,37 +5,50 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from mlm_dist.data import verify
+from mlm_dist.data.lanes import Lost
 from mlm_dist.data.rows import Rows
-from mlm_dist.data.stream import Stream
+from mlm_dist.data.stream import Origin, Stream
 from mlm_dist.data.tokenizer import TextTokenizer
 from mlm_dist.errors import UserError
+from mlm_dist.ledger import leaves_out
 
 ESCAPES = {"label": "\033[1;33m", "dim": "\033[2m", "end": "\033[0m"}
 
 
-def global_rows(streams: list[Stream], start: int, stop: int) -> Iterator[tuple[int, Rows]]:
-    """(step, its live rows in order) of steps ``start`` to ``stop - 1``, put together from the streams of all ranks; ends early at the data's end.
+def global_batches(
+    streams: list[Stream],
+    start: int,
+    stop: int,
+    *,
+    begin: int = 0,
+    cursors: np.ndarray | None = None,
+    lost: Lost = frozenset(),
+) -> Iterator[tuple[int, Rows, list[Origin]]]:
+    """(step, its live rows in order, the block of each) of steps ``start`` to ``stop - 1``, put together from the streams of all ranks.
 
-    Every stream begins at step 0 and is read on to ``start``: a step's rows are known only to who has read what comes before in their lanes.
+    Ends early at the data's end. A step's rows are known only to who has read what comes before in their lanes, so every stream reads on from step
+    ``begin``, where the lanes are at ``cursors``.
     """
-    iterators = [stream.batches() for stream in streams]
-    for step in range(stop):
+    iterators = [stream.batches(begin, cursors, lost) for stream in streams]
+    for step in range(begin, stop):
         batches = [next(it) for it in iterators]
         for fault in (fault for batch in batches for fault in batch.faults):
             print(
                 f"lost {fault.documents} document(s) of {fault.shard} at byte {fault.offset}: {fault.cause}",
                 file=sys.stderr,
             )
-        live = np.concatenate([b.live for b in batches])
-        if not live.any():
+        live = np.flatnonzero(np.concatenate([b.live for b in batches]))
+        if not len(live):
             return
         if step >= start:
-            order = np.argsort(np.concatenate([b.index for b in batches]))
-            yield step, Rows.concat([b.rows for b in batches]).take(order[live[order]])
+            order = np.argsort(np.concatenate([b.index for b in batches])[live])
+            origins = [o for stream, batch in zip(streams, batches, strict=True) for o in stream.origins(batch)]
+            yield step, Rows.concat([b.rows for b in batches]).take(live[order]), [origins[i] for i in order]
 
 
 def digests(rows: Rows) -> tuple[str, str]:
@@ -95,9 +108,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = commands.add_parser("show", help="some rows decoded: masks marked, segments one a line")
     show.add_argument("--step", type=int, default=0, help="global step (default 0)")
     show.add_argument("--rows", type=int, default=4, help="how many rows of it (default 4)")
+    for sub in (hash_parser, show):
+        sub.add_argument("--run", metavar="DIR", help="instead, a run: its config, without what it has lost")
     verify.add_arguments(commands.add_parser("verify", help="read every shard of a manifest and say what is wrong"))
     for sub in (hash_parser, show):
-        sub.add_argument("--config", required=True, help="run config; any of its keys can follow as a flag")
+        sub.add_argument("--config", help="run config; any of its keys can follow as a flag")
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -106,38 +121,71 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         if overrides:
             raise UserError(f"mlm-dist data verify: unknown argument {overrides[0]!r}.")
         return verify.run(args)
-    from mlm_dist.config import load as load_config
-    from mlm_dist.inputs import DataInputs
+    return _hash(args, overrides) if args.data_command == "hash" else _show(args, overrides)
 
-    config = load_config(["--config", args.config, *overrides], prog=f"mlm-dist data {args.data_command}").config
-    world_size, config.data.workers = (args.world_size, args.workers) if args.data_command == "hash" else (1, 0)
-    if world_size < 1 or config.data.workers < 0:
-        raise UserError(
-            f"--world-size: {world_size} must be at least 1 and --workers: {config.data.workers} at least 0."
-        )
-    inputs = DataInputs(config)
-    inputs.check_remote()
-    for note in inputs.notes:
-        print(f"note: {note}", file=sys.stderr)
-    tokenizer = inputs.tokenizer
-    streams = [inputs.stream(rank, world_size) for rank in range(world_size)]
-    if args.data_command == "hash":
-        start, stop = parse_steps(args.steps)
-        total = hashlib.sha256()
-        for step, rows in global_rows(streams, start, stop):
-            ids, labels = digests(rows)
-            total.update(f"{step} {ids} {labels}\n".encode())
-            print(f"step {step:>8}  rows {len(rows):>5}  ids {ids[:16]}  labels {labels[:16]}")
-        print(f"all {total.hexdigest()}")
-        return 0
-    found = list(global_rows(streams, args.step, args.step + 1))
-    if not found:
-        raise UserError(f"--step: {args.step} is past the end of the data ({config.train.epochs} epochs).")
-    for step, rows in found:
-        for row in range(min(args.rows, len(rows))):
-            print(
-                f"step {step} row {row}: {rows.lengths[row]} tokens, {rows.segments[row]} segments, {rows.selected[row]} labels"
-            )
-            for line in render(rows, row, tokenizer, colour=sys.stdout.isatty()):
-                print(f"  {line}")
+
+def _hash(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.world_size < 1 or args.workers < 0:
+        raise UserError(f"--world-size: {args.world_size} must be at least 1 and --workers: {args.workers} at least 0.")
+    start, stop = parse_steps(args.steps)
+    opened = _Opened(args, overrides, start, world_size=args.world_size, workers=args.workers)
+    total = hashlib.sha256()
+    for step, rows, _ in opened.batches(start, stop):
+        ids, labels = digests(rows)
+        total.update(f"{step} {ids} {labels}\n".encode())
+        print(f"step {step:>8}  rows {len(rows):>5}  ids {ids[:16]}  labels {labels[:16]}")
+    print(f"all {total.hexdigest()}")
     return 0
+
+
+def _show(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.step < 0 or args.rows < 0:
+        raise UserError(f"--step: {args.step} and --rows: {args.rows} must be 0 or more.")
+    opened = _Opened(args, overrides, args.step)
+    found = list(opened.batches(args.step, args.step + 1))
+    if not found:
+        raise UserError(f"--step: {args.step} is past the end of the data ({opened.epochs} epochs).")
+    ((step, rows, origins),) = found
+    if opened.standing is not None and leaves_out(opened.standing.ledger.skips, step):
+        print(f"step {step} is left out since a roll-back: it is read and not trained on")
+    for row in range(min(args.rows, len(rows))):
+        at = origins[row]
+        corpus = f" of data.sources[{at.source}]" if len(opened.streams[0].makers) > 1 else ""
+        print(
+            f"step {step} row {row}: {rows.lengths[row]} tokens, {rows.segments[row]} segments, {rows.selected[row]} labels; "
+            f"epoch {at.epoch}{corpus}, {at.shard} at byte {at.offset}, block {at.block}"
+        )
+        for line in render(rows, row, opened.tokenizer, colour=sys.stdout.isatty()):
+            print(f"  {line}")
+    return 0
+
+
+class _Opened:
+    """The data of a run config, or of a run as its directory tells it, for steps from ``step`` on."""
+
+    def __init__(
+        self, args: argparse.Namespace, overrides: list[str], step: int, *, world_size: int = 1, workers: int = 0
+    ):
+        from mlm_dist.config import load as load_config
+        from mlm_dist.inputs import DataInputs
+        from mlm_dist.standing import Standing
+
+        if (args.config is None) == (args.run is None):
+            raise UserError("--config: give it, or --run with the directory of a run; one of them.")
+        path = args.config or str(Path(args.run) / "config.yaml")
+        config = load_config(["--config", path, *overrides], prog=f"mlm-dist data {args.data_command}").config
+        config.data.workers = workers
+        self.epochs = config.train.epochs
+        self.standing = Standing.before(Path(args.run), step) if args.run else None
+        inputs = DataInputs(config)
+        inputs.check_remote()
+        for note in inputs.notes:
+            print(f"note: {note}", file=sys.stderr)
+        self.tokenizer = inputs.tokenizer
+        self.streams = [inputs.stream(rank, world_size) for rank in range(world_size)]
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Rows, list[Origin]]]:
+        at = self.standing
+        if at is None:
+            return global_batches(self.streams, start, stop)
+        return global_batches(self.streams, start, stop, begin=at.step, cursors=at.cursors, lost=at.lost)

@@ -176,6 +176,7 @@ class Batch:
         selected, tokens, bytes: of its live rows: labels, real tokens, corpus bytes.
         attended: (query, key) pairs of real tokens that see each other: the sum of their segments' squared lengths.
         cursors: int64 [lanes, 3] after this batch; only the rank's own lanes move.
+        row_cursors: int64 [R, 3], the lane's after each row.
         faults: what was lost on the way here.
         micro_batches: how many micro-batches every rank takes in this step.
     """
@@ -189,8 +190,26 @@ class Batch:
     attended: int
     bytes: int
     cursors: np.ndarray
+    row_cursors: np.ndarray
     faults: list[DataFault]
     micro_batches: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows of a batch come from.
+
+    Attributes:
+        source, epoch, block: the corpus, its epoch, the block's number in its manifest.
+        shard, offset, length: where the block lies: path relative to the manifest, bytes.
+    """
+
+    source: int
+    epoch: int
+    block: int
+    shard: str
+    offset: int
+    length: int
 
 
 @dataclass
@@ -313,10 +332,27 @@ class Stream:
                 attended=int((real**2).sum()) - 4 * dead,
                 bytes=int(mine.bytes.sum()),
                 cursors=cursors,
+                row_cursors=mine.cursors,
                 faults=[fault for _, fault in mine.faults],
                 micro_batches=self.micro_batches(step),
             )
             step += 1
+
+    def origins(self, batch: Batch) -> list[Origin]:
+        """The block of each live row of ``batch``, in their order."""
+        found = []
+        for index, (epoch, position, row) in zip(
+            batch.index[batch.live].tolist(), batch.row_cursors[batch.live].tolist(), strict=True
+        ):
+            lane = index % self.order.lanes
+            if not row:  # behind a block's last row the cursor is at what comes next
+                epoch, position = (
+                    (epoch, position) if position else (epoch - 1, len(self.order.blocks(epoch - 1, lane)))
+                )
+                position -= 1
+            place = self.order.place(epoch, int(self.order.blocks(epoch, lane)[position]))
+            found.append(Origin(place.source, place.epoch, place.block, *self.makers[place.source].where(place.block)))
+        return found
 
     def _no_rows(self) -> Chunk:
         return Chunk.of([], [], self._plan(frozenset()))

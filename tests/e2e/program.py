@@ -59,6 +59,8 @@ class Program:
     config: Path
     world: int = 1
     flags: Sequence[str] = ()
+    module: str = "mlm_dist.train"
+    environ: dict[str, str] = field(default_factory=dict)
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> "Program":
@@ -74,9 +76,10 @@ class Program:
                 "MASTER_PORT": port,
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),
+                **self.environ,
             }
             with self.log(rank).open("wb") as log:
-                command = [sys.executable, "-m", "mlm_dist.train", "--config", str(self.config), *self.flags]
+                command = [sys.executable, "-m", self.module, "--config", str(self.config), *self.flags]
                 # A group of its own: the loader workers die with their rank.
                 self.ranks.append(
                     subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)

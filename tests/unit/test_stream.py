@@ -447,3 +447,29 @@ def test_the_most_rows_of_a_rank_are_those_of_some_batch(
     stream = Stream([maker(corpus, tokenizer)], global_batch=batch, micro_batch=2, world_size=world, lanes=lanes)
     counts = [np.bincount(np.arange(k * batch, (k + 1) * batch) % lanes % world, minlength=world) for k in range(40)]
     assert stream.most_rows() == max(int(c.max()) for c in counts)
+
+
+@pytest.mark.parametrize(("world", "workers", "batch"), [(1, 0, 12), (2, 1, 12), (3, 2, 7)])
+def test_origins_are_the_blocks_that_the_rows_come_from(
+    corpus: Manifest, tokenizer: TextTokenizer, world: int, workers: int, batch: int
+) -> None:
+    made = maker(corpus, tokenizer, mask=NO_MASK)
+    of_block = {}
+    seen = set()
+    for rank in range(world):
+        stream = Stream([made], batch, 4, rank=rank, world_size=world, workers=workers, epochs=2, lanes=5)
+        for mine in stream.batches():
+            if not mine.live.any():
+                break
+            origins = stream.origins(mine)
+            assert len(origins) == mine.live.sum()
+            for row, at in zip(np.flatnonzero(mine.live).tolist(), origins, strict=True):
+                key = at.epoch, at.block
+                if key not in of_block:
+                    rows = made.rows(at.block, at.epoch, steps)[0]
+                    of_block[key] = [rows.slice(i, i + 1).ids.tolist() for i in range(len(rows))]
+                of_block[key].remove(mine.rows.slice(row, row + 1).ids.tolist())  # each row of a block once
+                assert (at.shard, at.offset, at.length) == made.where(at.block)
+                seen.add(key)
+    assert not any(of_block.values())
+    assert len(seen) == 2 * len(made.sizes())

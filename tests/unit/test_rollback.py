@@ -1,0 +1,94 @@
+"""Where a run goes back to, and which checkpoints that makes void."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlm_dist import checkpoint, rollback
+from mlm_dist.checkpoint import CheckpointConfig, Writer
+from mlm_dist.ledger import Ledger
+
+
+def save(run: Path, *steps: int, **trainer: Any) -> None:
+    for step in steps:
+        writer = Writer(run, CheckpointConfig(keep=99), 0, 1, 1)
+        state = {"step": step, "skips": [], "bad_steps": [], **trainer}
+        writer.save(step, {"param/w": torch.zeros(2)}, {"param/w": 0}, {}, state)
+        writer.wait()
+
+
+def plan(run: Path, bad: list[int], skips: list[tuple[int, int]] = []) -> tuple[int, tuple[int, int]]:  # noqa: B006
+    found = rollback.plan(run, Ledger(skips=skips), bad, lambda _message: None)
+    assert found.to == (run / "checkpoints" / checkpoint.name(found.step) if found.step else None)
+    return found.step, found.skip
+
+
+def test_the_newest_checkpoint_from_before_as_many_steps_as_went_wrong(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20, 30, 40)
+    assert plan(tmp_path, [36, 37, 38]) == (30, (33, 38))
+    assert plan(tmp_path, [32, 33, 34]) == (20, (29, 34))
+    assert plan(tmp_path, [30, 31, 32]) == (20, (27, 32))
+    save(tmp_path, 10, 20, 30, skips=[(3, 4), (5, 6)])
+    assert plan(tmp_path, [36, 37, 38], [(5, 6)]) == (30, (30, 38))  # the second time twice as many
+    assert plan(tmp_path, [36, 37, 38], [(3, 4), (5, 6)]) == (20, (24, 38))
+
+
+def test_the_oldest_that_there_is_else_the_beginning(tmp_path: Path) -> None:
+    save(tmp_path, 30, 33)
+    assert plan(tmp_path, [34, 35, 36, 37, 38]) == (30, (30, 38))
+    assert plan(tmp_path, [20, 21]) == (0, (18, 21))
+    assert plan(tmp_path / "none", [0, 1]) == (0, (0, 1))
+
+
+def test_not_one_that_was_written_amid_bad_steps_nor_a_damaged_or_void_one(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20)
+    save(tmp_path, 30, bad_steps=[28, 29])
+    assert plan(tmp_path, [40, 41]) == (20, (38, 41))
+    part = next((tmp_path / "checkpoints" / checkpoint.name(20)).glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    assert plan(tmp_path, [40, 41]) == (10, (38, 41))
+    # Of before a roll-back to 8 that left out 8 to 12.
+    assert plan(tmp_path, [40, 41], [(8, 12)]) == (0, (36, 41))
+
+
+@pytest.mark.parametrize(
+    ("first", "voided"), [(0, [10, 20, 30]), (9, [10, 20, 30]), (10, [20, 30]), (25, [30]), (30, [])]
+)
+def test_a_roll_back_makes_void_what_was_trained_on_the_batches_that_it_leaves_out(
+    tmp_path: Path, first: int, voided: list[int]
+) -> None:
+    save(tmp_path, 10, 20, 30)
+    ledger = Ledger(skips=[(first, 34)])
+    void = rollback.void_checkpoints(tmp_path, ledger)
+    assert [int(path.name[5:]) for path in void] == voided
+    rollback.discard(void)
+    left = {int(path.name[5:]) for path in checkpoint.committed(tmp_path)}
+    assert left == {10, 20, 30} - set(voided)
+    # One that was written afterwards knows of it.
+    save(tmp_path, 40, skips=[[first, 34]])
+    assert not rollback.void_checkpoints(tmp_path, ledger)
+
+
+def test_the_ledger_of_skips_is_in_the_events(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    lines = [{"kind": "rollback", "skip": [3, 7]}, {"kind": "attempt"}, {"kind": "rollback", "skip": [3, 7]}]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ledger = Ledger.read(events)
+    ledger.add_skips([[9, 9], [3, 7]])
+    assert ledger.skips == [(3, 7), (9, 9)]
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        ([None, "gradient", "loss", "gradient"], ("loss", [2])),
+        ([None, "gradient", None, "gradient"], ("gradient", [1, 3])),
+        ([None, None], ("norm", [])),
+        (["spike", "spike"], ("spike", [])),
+    ],
+)
+def test_the_first_cause_is_the_verdict(seen: list[str | None], expected: tuple[str, list[int]]) -> None:
+    assert rollback.verdict(seen)[:2] == expected
