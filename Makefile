@@ -15,7 +15,7 @@ SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./bui
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test cpu-adam cluster-tools lint check format fuzz clean
+.PHONY: help setup demo smoke test cpu-adam cluster-tools lint check format fuzz chaos clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -69,6 +69,9 @@ check: lint test ## everything that must pass before a commit
 
 fuzz: $(STAMP) ## 100,000 damaged archives and manifests: only clean errors, in bounded memory
 	$(BIN)/python -m tests.fuzz --count 100000
+
+chaos: $(STAMP) ## a run through 24 troubles (kills, rot, resizes, NaN), then held against an undisturbed one; SEED=1 for others
+	$(BIN)/python -m tests.chaos --events 24 --seed $(or $(SEED),0)
 
 format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -48,7 +48,9 @@ def test_bad_steps_are_skipped_then_gone_back_from(
     )
     run, name = tmp_path / "runs" / "run", ["--run.name"]
     one = fault("loss", 4, rank=world - 1)
-    two = fault("gradient", 8, 9, rank=0)
+    # In fp16 a gradient that is not finite is an overflow, which the loss scale answers.
+    kind = "loss" if precision == "fp16" else "gradient"
+    two = fault(kind, 8, 9, rank=0)
     program = faulty(config, world, [*name, "run"], one, two).start()
     program.wait_for_step(run, 12)  # the second time: it went back at 10
     program.kill()
@@ -57,7 +59,7 @@ def test_bad_steps_are_skipped_then_gone_back_from(
     skipped = events(run, "skipped_step")
     first = next(e for e in skipped if e["batch"] == 4)
     assert (first["cause"], first["ranks"], first["step"]) == ("loss", [world - 1], 5)
-    bad = [e for e in skipped if e.get("cause") == "gradient"]
+    bad = [e for e in skipped if e["batch"] in (8, 9) and e.get("cause") == kind]
     assert [(e["batch"], e["ranks"]) for e in bad] == [(8, [0]), (9, [0])]
     (back,) = events(run, "rollback")
     assert (back["step"], back["to"], back["skip"], back["bad"]) == (10, 6, [6, 9], [8, 9])
@@ -104,7 +106,12 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_beginning_and_not_for_ever(
 
 
 def test_a_spike_is_skipped_in_its_step_whatever_the_ranks(tmp_path: Path) -> None:
-    config = save_config(tmp_path, train={"steps": 44, "spike": 10.0}, checkpoint={"every": 38})
+    config = save_config(
+        tmp_path,
+        model={"attention_dropout": 0.0, "hidden_dropout": 0.0},
+        train={"steps": 44, "spike": 10.0},
+        checkpoint={"every": 38},
+    )
     runs = {}
     for world in (1, 2):
         run = tmp_path / "runs" / f"world-{world}"
