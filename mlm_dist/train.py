@@ -73,6 +73,7 @@ class Run:
         self.tracker: Tracker | None = None
         self.step = self.tokens = self.bytes = self.skipped = 0
         self.saved_step: int | None = None
+        self.saved_before: int | None = None
         self.validated_step: int | None = None
 
     # ---- start ----
@@ -358,10 +359,13 @@ class Run:
                 int(self.flag.wanted),
                 int(self.flag.requeue),
                 len(batch.faults),
+                int(self.writer.failed),
             ]
             pending = self.control.start(mine)
             with self.clock.phase(COMMUNICATION):  # slower ranks are waited for here
-                selected, tokens, attended, batch_bytes, live, stop, requeue, faults = pending.wait()
+                selected, tokens, attended, batch_bytes, live, stop, requeue, faults, unwritten = pending.wait()
+            if unwritten:
+                self._settle()
             if faults:
                 self._record_faults(batch)
             if not live:
@@ -414,9 +418,10 @@ class Run:
     def _end(self, outcome: str) -> str:
         if outcome == "finished" and self.validated_step != self.step:
             self.validate()
+        self._settle()
         if self.saved_step != self.step:
             self.save()
-        self.writer.wait()
+            self._settle(last=True)
         self.control.barrier()
         return outcome
 
@@ -496,6 +501,7 @@ class Run:
 
     def save(self) -> None:
         """Start a checkpoint of the state after ``step`` steps. Collective."""
+        self._settle()
         engine = self.engine
         shapes = engine.shapes()
         keys = {f"param/{n}": s.numel() for n, s in shapes.items()} | {
@@ -530,7 +536,20 @@ class Run:
                 "time": time.time(),
             }
         self.writer.save(self.step, mine, owners, engine.optimizer_meta(), trainer)
-        self.saved_step = self.step
+        self.saved_before, self.saved_step = self.saved_step, self.step
+
+    def _settle(self, *, last: bool = False) -> None:
+        """Wait for the checkpoint in progress and tell a failure. Collective. Raises CheckpointError, on all ranks alike, where no other is to be tried."""
+        failure = self.writer.settle(self.control, last=last)
+        if failure is None:
+            return
+        self.saved_step = self.saved_before
+        if self.tracker:
+            told = {key: value for key, value in asdict(failure).items() if key != "end"}
+            self.tracker.event({"kind": "checkpoint_failed", **told})
+            self.console.say(f"{failure}; nothing is left of it, those before are as they were. {failure.remedy}")
+        if failure.end:
+            raise checkpoint.CheckpointError(failure.end)
 
     def close(self, outcome: str) -> int:
         """Say how the attempt ended, in status.json first; returns the exit code. Collective."""
