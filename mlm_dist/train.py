@@ -75,6 +75,7 @@ class Run:
         self.saved_step: int | None = None
         self.saved_before: int | None = None
         self.validated_step: int | None = None
+        self.validation: dict[str, Any] | None = None
 
     # ---- start ----
 
@@ -432,7 +433,7 @@ class Run:
         if gathered is not None:
             assert self.tracker is not None
             for fault in self.ledger.add(fault for part in gathered for fault in part):
-                self.tracker.event({"kind": "data_loss", "step": self.step, **fault})
+                self.tracker.event({"kind": "data_loss", "step": self.step, **fault}, required=True)
                 self.console.say(
                     f"lost {fault['documents']} document(s) of {fault['shard']} at byte {fault['offset']}: {fault['cause']}"
                 )
@@ -494,10 +495,18 @@ class Run:
                     f"note: {result['lost_documents']} validation documents cannot be read; the numbers are of the others"
                 )
             self.tracker.log({"kind": "val", "step": self.step, **result})
+            if math.isfinite(result["loss"]):
+                self.validation = {"step": self.step, "loss": result["loss"]}
             self.console.say(
                 f"validation at step {self.step}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.1f}, accuracy {result['accuracy']:.1%} "
                 f"(unigram entropy {result['unigram_entropy']:.4f})"
             )
+
+    def _validation(self) -> dict[str, Any] | None:
+        """The last validation, {step, loss}, if it is newer than the last checkpoint and so says something of this one."""
+        measured = self.validation
+        newer = measured is not None and (self.saved_step or 0) < measured["step"] <= self.step
+        return measured if newer else None
 
     def save(self) -> None:
         """Start a checkpoint of the state after ``step`` steps. Collective."""
@@ -532,6 +541,7 @@ class Run:
                 "ledger": self.ledger.faults,
                 "wandb_id": self.tracker.wandb_id if self.tracker else None,
                 "micro_batch": self.micro_batch_record,
+                "validation": self._validation(),
                 "attempt": self.dir.attempt,
                 "time": time.time(),
             }

@@ -5,7 +5,7 @@ A checkpoint is a directory of safetensors and JSON files; nothing in it is exec
     step_00000100/
         part-00000-of-00002.safetensors ...   tensors ``param/NAME`` and ``state/KEY/NAME``, fp32, each in one part
         optimizer.json                        class, scalars, groups by parameter name
-        trainer.json                          step, data cursors, ledger, counters, W&B id
+        trainer.json                          step, data cursors, ledger, counters, validation loss, W&B id
         index.json                            size and SHA-256 of every file, and which part holds which tensor
         COMMIT                                SHA-256 of index.json, written last
 
@@ -23,6 +23,7 @@ from mlm_dist.checkpoint.format import (
     name,
 )
 from mlm_dist.checkpoint.reader import Reader, adopt, committed, locate, newest
+from mlm_dist.checkpoint.retention import best, validation_loss
 from mlm_dist.checkpoint.writer import Writer
 
 __all__ = [
@@ -35,8 +36,10 @@ __all__ = [
     "Writer",
     "adopt",
     "assign",
+    "best",
     "committed",
     "locate",
     "name",
     "newest",
+    "validation_loss",
 ]

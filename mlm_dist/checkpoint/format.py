@@ -24,12 +24,15 @@ class CheckpointConfig:
         every: optimizer steps between checkpoints; one is also written at the end and when the run is stopped.
         keep: how many of the newest to keep.
         keep_every: also keep those whose step is a multiple of this.
+        keep_best: how many to keep of those with the lowest validation loss. What counts is the loss measured at the checkpoint's step or, where
+            eval.every and checkpoint.every do not coincide, last since the checkpoint before.
         max_failures: after so many in a row that could not be written the run ends; until then it goes on and tries again at the next.
     """
 
     every: int = 1000
     keep: int = 2
     keep_every: int | None = None
+    keep_best: int = 1
     max_failures: int = 3
 
     def check(self) -> None:
@@ -38,6 +41,10 @@ class CheckpointConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"checkpoint.{key}: {value} must be at least 1.")
+        if self.keep_best < 0:
+            raise UserError(
+                f"checkpoint.keep_best: {self.keep_best} must be at least 0, which keeps none for its validation loss."
+            )
 
 
 class CheckpointError(Exception):

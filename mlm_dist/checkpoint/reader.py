@@ -22,7 +22,8 @@ MOST_INDEX_BYTES = 1 << 28
 _State = tuple[int, int, int]
 
 
-def _silent(_message: str) -> None: ...
+def silent(_message: str) -> None:
+    """For who does not want to be warned."""
 
 
 class Reader:
@@ -176,7 +177,7 @@ def committed(run_dir: str | Path) -> list[Path]:
 
 def newest(
     run_dir: str | Path,
-    warn: Callable[[str], None] = _silent,
+    warn: Callable[[str], None] = silent,
     usable: Callable[[Reader], str | None] = lambda _reader: None,
 ) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; others are passed over and ``warn`` is told why.
@@ -198,7 +199,7 @@ def newest(
     return None
 
 
-def locate(path: str | Path, warn: Callable[[str], None] = _silent) -> Path:
+def locate(path: str | Path, warn: Callable[[str], None] = silent) -> Path:
     """The checkpoint that a run directory (its newest whole one) or a checkpoint directory stands for, absolute, every byte of it checked.
 
     Raises:

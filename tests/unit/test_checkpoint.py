@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -49,6 +50,7 @@ def write(
     attempt: int = 1,
     seed: int | None = None,
     config: CheckpointConfig | None = None,
+    loss: float | None = None,
 ) -> list[Writer]:
     """A checkpoint by ``world`` ranks, each with a Writer as its process would have; returns them when it is written."""
     whole = tensors(step if seed is None else seed)
@@ -56,7 +58,10 @@ def write(
     writers = [Writer(run, config or CheckpointConfig(keep=9), rank, world, attempt) for rank in range(world)]
     for rank, writer in enumerate(writers):
         mine = {k: t for k, t in whole.items() if owners[k] == rank}
-        writer.save(step, mine, owners, OPTIMIZER, {"step": step, "x": 0.1 + 0.2} if rank == 0 else {})
+        trainer: dict[str, Any] = {"step": step, "x": 0.1 + 0.2}
+        if loss is not None:
+            trainer["validation"] = {"step": step, "loss": loss}
+        writer.save(step, mine, owners, OPTIMIZER, trainer if rank == 0 else {})
     for writer in writers:
         writer.wait()
     return writers
@@ -695,6 +700,60 @@ def test_retention(tmp_path: Path, keep: int, keep_every: int | None, left: list
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
 
+LOSSES = [9.0, 5.0, 7.0, 5.0, 6.0, math.nan, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "keep_every", "left"),
+    [(0, None, [7]), (1, None, [4, 7]), (2, None, [2, 4, 7]), (3, None, [2, 4, 5, 7]), (1, 3, [3, 4, 6, 7])],
+)
+def test_retention_of_the_best(tmp_path: Path, keep_best: int, keep_every: int | None, left: list[int]) -> None:
+    """Of equal losses the later one; one that is not a number is no loss. A Writer of each step's own, as after a restart."""
+    config = CheckpointConfig(keep=1, keep_every=keep_every, keep_best=keep_best)
+    for step, loss in enumerate(LOSSES, 1):
+        write(tmp_path, step, config=config, loss=loss, attempt=step)
+    assert steps(tmp_path) == left
+    assert checkpoint.best(tmp_path) == (place(tmp_path, 4) if keep_best else place(tmp_path, 7))
+
+
+def test_retention_of_one_attempt_is_that_of_many(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=2, keep_best=2)
+    for run in ("one", "many"):
+        writer = Writer(tmp_path / run, config, 0, 1, 1)
+        for step, loss in enumerate(LOSSES, 1):
+            if run == "many":
+                writer = Writer(tmp_path / run, config, 0, 1, step)
+            whole = tensors(step)
+            trainer = {"step": step, "validation": {"step": step, "loss": loss}}
+            writer.save(step, whole, dict.fromkeys(whole, 0), OPTIMIZER, trainer)
+            writer.wait()
+    assert steps(tmp_path / "one") == steps(tmp_path / "many") == [2, 4, 6, 7]
+
+
+def test_a_step_that_comes_again_is_judged_by_its_new_loss(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=1, keep_best=1)
+    writer = Writer(tmp_path, config, 0, 1, 1)
+    for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (2, 6.0), (4, 7.0)):
+        whole = tensors(step)
+        trainer = {"step": step, "validation": {"step": step, "loss": loss}}
+        writer.save(step, whole, dict.fromkeys(whole, 0), OPTIMIZER, trainer)
+        writer.wait()
+    assert steps(tmp_path) == [3, 4]
+
+
+def test_the_damaged_best_is_passed_over_and_does_not_count(tmp_path: Path) -> None:
+    for step, loss in enumerate(LOSSES[:4], 1):
+        write(tmp_path, step, loss=loss)
+    flip(part_of(place(tmp_path, 4)))
+    said: list[str] = []
+    assert checkpoint.best(tmp_path, said.append) == place(tmp_path, 2)
+    assert len(said) == 1 and checkpoint.name(4) in said[0]
+    (place(tmp_path, 4) / "trainer.json").write_text("{}")
+    write(tmp_path, 5, config=CheckpointConfig(keep=1, keep_best=1), loss=9.0)
+    assert steps(tmp_path) == [2, 5]
+    assert checkpoint.best(tmp_path / "nothing") is None
+
+
 def test_retention_keeps_the_one_just_written_under_a_damaged_later_one(tmp_path: Path) -> None:
     for step in (3, 6, 9):
         write(tmp_path, step)
@@ -704,9 +763,11 @@ def test_retention_keeps_the_one_just_written_under_a_damaged_later_one(tmp_path
     assert newest(tmp_path) == place(tmp_path, 8)
 
 
-@pytest.mark.parametrize(("key", "value"), [("every", 0), ("keep", 0), ("keep_every", -1), ("max_failures", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("every", 0), ("keep", 0), ("keep_every", -1), ("keep_best", -1), ("max_failures", 0)]
+)
 def test_wrong_settings(key: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"checkpoint\.{key}: {value} must be at least 1"):
+    with pytest.raises(UserError, match=rf"checkpoint\.{key}: {value} must be at least [01]"):
         CheckpointConfig(**{key: value}).check()
 
 
