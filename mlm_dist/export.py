@@ -37,9 +37,9 @@ class Source:
     checkpoint: Path
 
 
-def find(path: str | Path, step: int | None = None) -> Source:
-    """The checkpoint that a run directory or a checkpoint directory stands for: of a run the one at ``step``, or the
-    newest whole one.
+def find(path: str | Path, step: int | None = None, *, best: bool = False) -> Source:
+    """The checkpoint that a run directory or a checkpoint directory stands for: of a run the one at ``step``, the
+    ``best`` by validation loss, or the newest whole one.
 
     Raises:
         UserError: there is none.
@@ -50,6 +50,8 @@ def find(path: str | Path, step: int | None = None) -> Source:
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give a run directory or one of its checkpoints")
     if (path / "index.json").exists():
+        if best:
+            raise UserError(f"--best: {path} is one checkpoint already; give the run directory with --best")
         if step is not None:
             raise UserError(f"--step {step}: {path} is one checkpoint already; give the run directory with --step")
         # Resolved, so that `.` or `step_00000100` in its own directory has parents.
@@ -57,6 +59,13 @@ def find(path: str | Path, step: int | None = None) -> Source:
     found = checkpoint.committed(path)
     if not found:
         raise UserError(f"{path}: holds no whole checkpoint; give a run directory in which checkpoints/ has one")
+    if best:
+        lowest = checkpoint.best(path, log.warning)
+        if lowest is None:
+            raise UserError(
+                f"--best: {path} has no whole checkpoint with a validation loss (data.val_manifest, eval.every)"
+            )
+        return Source(path, lowest)
     if step is None:
         newest = checkpoint.newest(path, log.warning)
         if newest is None:
@@ -113,7 +122,7 @@ def _tokenizer(run_dir: Path) -> "PreTrainedTokenizerFast":
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
-def export(path: str | Path, output: str | Path | None = None, *, step: int | None = None) -> Path:
+def export(path: str | Path, output: str | Path | None = None, *, step: int | None = None, best: bool = False) -> Path:
     """Write config, weights (safetensors, fp32), tokenizer and model card; returns the directory, by default
     ``RUN/export``.
 
@@ -124,7 +133,7 @@ def export(path: str | Path, output: str | Path | None = None, *, step: int | No
     Raises:
         UserError: no checkpoint there, or ``output`` exists and is no export.
     """
-    source = find(path, step)
+    source = find(path, step, best=best)
     target = Path(output) if output is not None else source.run_dir / "export"
     if target.exists() and not (target / _MARK).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output: {str(target)!r} exists and is no export of mlm-dist; give another directory")
@@ -291,7 +300,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="RUN_OR_CHECKPOINT", type=Path, help="run directory, or one of its checkpoints"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN/export)")
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
+    which.add_argument(
+        "--best", action="store_true", help="the checkpoint with the lowest validation loss of those kept"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -300,5 +313,5 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():  # save_pretrained imports DeepSpeed, which else warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    print(export(args.source, args.output, step=args.step))
+    print(export(args.source, args.output, step=args.step, best=args.best))
     return 0

@@ -1,11 +1,15 @@
 """Files that a crash leaves whole, and readers that take what a crash or a hand left."""
 
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# What the error of a write says where there is no room left, of the disk or of the user's share of it.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -22,6 +26,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Write over a file in its place, which most file systems can when they are full. A reader, or a crash, may meet it torn."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import read_json, write_atomically
+from mlm_dist.files import DISK_FULL, overwrite, read_json, write_atomically
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 HEARTBEAT_S, STALE_AFTER_S = 5.0, 60.0
@@ -158,18 +158,27 @@ class RunDir:
                 (self.path / "lock").unlink(missing_ok=True)
 
     def status(self, state: State, step: int, reason: str = "", requeue: bool = False) -> None:
-        """Write status.json, the truth about how the run stands."""
-        write_json(
-            self.path / "status.json",
-            {
-                "state": state,
-                "requeue": requeue,
-                "step": step,
-                "reason": reason,
-                "attempt": self.attempt,
-                "time": time.time(),
-            },
-        )
+        """Write status.json, the truth about how the run stands. On a full disk it is written over; a run that goes on does without, if need be.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = self.path / "status.json"
+        content = {
+            "state": state,
+            "requeue": requeue,
+            "step": step,
+            "reason": reason,
+            "attempt": self.attempt,
+            "time": time.time(),
+        }
+        try:
+            write_json(path, content)
+        except OSError as full:
+            if full.errno not in DISK_FULL:
+                raise
+            with contextlib.suppress(OSError) if state == "running" else contextlib.nullcontext():
+                overwrite(path, json.dumps(content).encode())
 
     def check_identity(
         self, identity: dict[str, Any], guarded: dict[str, Any], allow: list[str]

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import parse_object, write_atomically
+from mlm_dist.files import DISK_FULL, parse_object, write_atomically
 from mlm_dist.wandb_mirror import Mirror, Mode, resolve_mode
 
 log = logging.getLogger(__name__)
+
+# Lines kept while the disk is full: about two thousand.
+MOST_UNWRITTEN_BYTES = 1 << 20
 
 
 @dataclass
@@ -55,8 +58,9 @@ class JsonLines:
     """An append-only file of JSON objects, one a line, with one writer.
 
     Opening repairs the end: a last line without its newline is completed if it is whole JSON, else cut off. A line is
-    one ``write``, so a killed process leaves at most one torn line. Non-finite floats are written as null, since JSON
-    has none; 0-d arrays and tensors as their numbers.
+    one ``write``, so a killed process leaves at most one torn line. While the disk is full lines are kept in memory and
+    written with a later one. Non-finite floats are written as null, since JSON has none; 0-d arrays and tensors as their
+    numbers.
 
     Attributes:
         repaired: bytes cut off at opening.
@@ -64,21 +68,46 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.repaired = _repair(path)
+        self._path = path
         self._lock = threading.Lock()
+        self._unwritten = bytearray()
         self._fd: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
-    def append(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
-        """Write one object; with ``sync`` it is on the disk on return."""
+    def append(self, record: Mapping[str, Any], *, sync: bool = False, required: bool = False) -> None:
+        """Write one object; with ``sync`` it is on the disk on return, unless that is full.
+
+        Raises:
+            OSError: the file cannot be written, or the disk is full and the object is ``required`` on it, or so are
+            MOST_UNWRITTEN_BYTES of lines.
+        """
         data = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
         with self._lock:
             if self._fd is None:
                 raise ValueError("the file is closed")
-            while data:  # a signal or a full disk can make a write short
-                data = data[os.write(self._fd, data) :]
-            if sync:
-                os.fsync(self._fd)
+            self._unwritten += data
+            try:
+                self._write(self._fd, sync)
+            except OSError as error:
+                if required or error.errno not in DISK_FULL or len(self._unwritten) > MOST_UNWRITTEN_BYTES:
+                    raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def _write(self, fd: int, sync: bool) -> None:
+        while self._unwritten:  # a signal or a full disk can make a write short
+            del self._unwritten[: os.write(fd, self._unwritten)]
+        if sync:
+            os.fsync(fd)
+
+    def flush(self) -> None:
+        """Try once more to write what a full disk left over."""
+        with self._lock:
+            if self._fd is not None:
+                try:
+                    self._write(self._fd, sync=False)
+                except OSError as error:
+                    log.warning("%s: %d bytes are not written: %s", self._path, len(self._unwritten), error.strerror)
 
     def close(self) -> None:
+        self.flush()
         with self._lock:
             if self._fd is not None:
                 os.close(self._fd)
@@ -252,7 +281,7 @@ class Tracker:
         seconds) and ``world_size`` are added where missing.
 
         Raises:
-            OSError: the file cannot be written. (What W&B does never raises.)
+            OSError: the file cannot be written, or the disk was full for too long. (What W&B does never raises.)
         """
         line = _plain(
             {
@@ -274,9 +303,14 @@ class Tracker:
         if self._mirror:
             self._mirror.put(row, line)
 
-    def event(self, record: Mapping[str, Any]) -> None:
-        """Append to ``events.jsonl`` and wait for the disk; ``time`` and ``attempt`` are added where missing."""
-        self._events.append({"time": time.time(), "attempt": self.attempt, **record}, sync=True)
+    def event(self, record: Mapping[str, Any], *, required: bool = False) -> None:
+        """Append to ``events.jsonl`` and wait for the disk; ``time`` and ``attempt`` are added where missing.
+
+        Raises:
+            OSError: the file cannot be written; where the disk is full, only for what is ``required`` there.
+        """
+        line = {"time": time.time(), "attempt": self.attempt, **record}
+        self._events.append(line, sync=True, required=required)
 
     def finish(self, exit_code: int = 0, *, timeout: float = 90.0) -> None:
         """Close the files and end the W&B run as ``exit_code`` says, waiting at most ``timeout`` seconds for W&B. A
@@ -287,6 +321,7 @@ class Tracker:
             mirror.finish(exit_code, timeout)
         self._metrics.close()
         # events.jsonl stays open: it is written through, and a late warning of the W&B thread must find it.
+        self._events.flush()
 
     def _read_back(self) -> tuple[dict[tuple[str, int], tuple[int, tuple[Any, Any]]], list[dict[str, Any]]]:
         """Row numbers of the (kind, step)s logged so far, and their last records in row order."""

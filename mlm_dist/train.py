@@ -78,7 +78,9 @@ class Run:
         self.step = self.tokens = self.bytes = self.skipped = 0
         self.bad_steps: list[int] = []  # batches that went wrong one after the other, up to now
         self.saved_step: int | None = None
+        self.saved_before: int | None = None
         self.validated_step: int | None = None
+        self.validation: dict[str, Any] | None = None
 
     # ---- start ----
 
@@ -395,10 +397,13 @@ class Run:
                 int(self.flag.wanted),
                 int(self.flag.requeue),
                 len(batch.faults),
+                int(self.writer.failed),
             ]
             pending = self.control.start(mine)
             with self.clock.phase(COMMUNICATION):  # slower ranks are waited for here
-                selected, tokens, attended, batch_bytes, live, stop, requeue, faults = pending.wait()
+                selected, tokens, attended, batch_bytes, live, stop, requeue, faults, unwritten = pending.wait()
+            if unwritten:
+                self._settle()
             if faults:
                 self._record_faults(batch)
             if not live:
@@ -450,9 +455,10 @@ class Run:
     def _end(self, outcome: str) -> str:
         if outcome == "finished" and self.validated_step != self.step:
             self.validate()
+        self._settle()
         if self.saved_step != self.step:
             self.save()
-        self.writer.wait()
+            self._settle(last=True)
         self.control.barrier()
         return outcome
 
@@ -463,7 +469,7 @@ class Run:
         if gathered is not None:
             assert self.tracker is not None
             for fault in self.ledger.add(fault for part in gathered for fault in part):
-                self.tracker.event({"kind": "data_loss", "step": self.step, **fault})
+                self.tracker.event({"kind": "data_loss", "step": self.step, **fault}, required=True)
                 self.console.say(
                     f"lost {fault['documents']} document(s) of {fault['shard']} at byte {fault['offset']}: {fault['cause']}"
                 )
@@ -575,13 +581,22 @@ class Run:
                     f"note: {result['lost_documents']} validation documents cannot be read; the numbers are of the others"
                 )
             self.tracker.log({"kind": "val", "step": self.step, **result})
+            if math.isfinite(result["loss"]):
+                self.validation = {"step": self.step, "loss": result["loss"]}
             self.console.say(
                 f"validation at step {self.step}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.1f}, accuracy {result['accuracy']:.1%} "
                 f"(unigram entropy {result['unigram_entropy']:.4f})"
             )
 
+    def _validation(self) -> dict[str, Any] | None:
+        """The last validation, {step, loss}, if it is newer than the last checkpoint and so says something of this one."""
+        measured = self.validation
+        newer = measured is not None and (self.saved_step or 0) < measured["step"] <= self.step
+        return measured if newer else None
+
     def save(self) -> None:
         """Start a checkpoint of the state after ``step`` steps. Collective."""
+        self._settle()
         engine = self.engine
         shapes = engine.shapes()
         keys = {f"param/{n}": s.numel() for n, s in shapes.items()} | {
@@ -615,11 +630,25 @@ class Run:
                 "recent_losses": None if self.spikes is None else self.spikes.state(),
                 "wandb_id": self.tracker.wandb_id if self.tracker else None,
                 "micro_batch": self.micro_batch_record,
+                "validation": self._validation(),
                 "attempt": self.dir.attempt,
                 "time": time.time(),
             }
         self.writer.save(self.step, mine, owners, engine.optimizer_meta(), trainer)
-        self.saved_step = self.step
+        self.saved_before, self.saved_step = self.saved_step, self.step
+
+    def _settle(self, *, last: bool = False) -> None:
+        """Wait for the checkpoint in progress and tell a failure. Collective. Raises CheckpointError, on all ranks alike, where no other is to be tried."""
+        failure = self.writer.settle(self.control, last=last)
+        if failure is None:
+            return
+        self.saved_step = self.saved_before
+        if self.tracker:
+            told = {key: value for key, value in asdict(failure).items() if key != "end"}
+            self.tracker.event({"kind": "checkpoint_failed", **told})
+            self.console.say(f"{failure}; nothing is left of it, those before are as they were. {failure.remedy}")
+        if failure.end:
+            raise checkpoint.CheckpointError(failure.end)
 
     def close(self, outcome: str) -> int:
         """Say how the attempt ended, in status.json first; returns the exit code. Collective."""

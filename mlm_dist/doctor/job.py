@@ -222,9 +222,10 @@ def room(place: Path, config: Config | None, parameters: int | None) -> dict[str
         one = parameters * CHECKPOINT_BYTES
         have = len(checkpoint.committed(place))
         every, steps = config.checkpoint.keep_every, config.train.steps
+        kept = config.checkpoint.keep + (config.checkpoint.keep_best if config.data.val_manifest else 0)
         facts |= {
             "checkpoint": one,
-            "needed": max(1, config.checkpoint.keep + 1 - have) * one,
+            "needed": max(1, kept + 1 - have) * one,
             "kept_for_good": one * (steps // every) if every and steps else 0,
         }
     return facts
