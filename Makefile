@@ -15,7 +15,7 @@ SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./bui
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test cpu-adam cluster-tools lint check format fuzz chaos clean
+.PHONY: help setup demo smoke test cpu-adam resize-matrix cluster-tools lint check format fuzz chaos clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -54,6 +54,9 @@ test: $(STAMP) ## run the tests
 
 cpu-adam: $(STAMP) ## compile DeepSpeed's CPU Adam (two minutes, a C++ compiler), so that its tests run
 	DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+
+resize-matrix: $(STAMP) ## resume between all pairs of ranks, ZeRO stage, offload and precision, for longer than the tests do
+	MLM_RESIZE_MATRIX=1 $(BIN)/python -m pytest -s tests/dist/test_resize.py
 
 cluster-tools: ## install Slurm, ssh and pdsh from Debian or Ubuntu (as root), so that tests/cluster runs
 	DEBIAN_FRONTEND=noninteractive apt-get update -qq

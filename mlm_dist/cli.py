@@ -21,12 +21,13 @@ COMMANDS = {
         "memory by ZeRO template and micro-batch, the choice that fits, and traffic on a cluster",
     ),
     "doctor": ("mlm_dist.doctor.command", "whether this host, or this allocation, has what a run needs"),
+    "checkpoint": ("mlm_dist.checkpoint_command", "list, verify, and convert from and to DeepSpeed's format"),
     "export": ("mlm_dist.export", "stock BERT weights, tokenizer and model card"),
     "fill-mask": ("mlm_dist.fill_mask", "fill [MASK] in sentences"),
     "report": ("mlm_dist.report", "picture and page of a run"),
 }
 # These take run-config flags (--train.steps 10) besides their own.
-WITH_OVERRIDES = ("data", "plan", "doctor")
+WITH_OVERRIDES = ("data", "plan", "doctor", "checkpoint")
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
