@@ -54,11 +54,16 @@ def save_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 @dataclass
 class Program:
-    """The ranks of one start."""
+    """The ranks of one start.
+
+    Attributes:
+        before: Python that every rank runs before the program.
+    """
 
     config: Path
     world: int = 1
     flags: Sequence[str] = ()
+    before: str = ""
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> "Program":
@@ -76,7 +81,9 @@ class Program:
                 "PYTHONPATH": str(ROOT),
             }
             with self.log(rank).open("wb") as log:
-                command = [sys.executable, "-m", "mlm_dist.train", "--config", str(self.config), *self.flags]
+                code = f"import sys\n{self.before}\nfrom mlm_dist.train import main\nsys.exit(main())"
+                program = ["-c", code] if self.before else ["-m", "mlm_dist.train"]
+                command = [sys.executable, *program, "--config", str(self.config), *self.flags]
                 # A group of its own: the loader workers die with their rank.
                 self.ranks.append(
                     subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
