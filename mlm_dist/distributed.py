@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import resource
+import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -93,13 +94,50 @@ def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     allow_open_files()
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
+        **_loopback_store(topology, timeout),
         device_id=topology.device if cuda else None,
     )
     _prepare_deepspeed(timeout_s)
     return topology
+
+
+def _loopback_store(topology: Topology, timeout: timedelta) -> dict[str, Any]:
+    """Arguments for `init_process_group` that keep a job of one host off the network; none where the ranks do not meet on the loopback interface.
+
+    torch's store listens on every interface, wherever the ranks meet, unless it is given a socket; gloo and NCCL listen on the interface that the host's
+    name stands for, unless they are told another.
+    """
+    if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost"):
+        return {}
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has the store
+        return {}
+    where, port = "127.0.0.1", int(os.environ["MASTER_PORT"])
+    listening = None
+    if topology.rank == 0:
+        try:
+            listening = socket.create_server((where, port), backlog=topology.world_size + 16)
+        except OSError as error:
+            raise UserError(
+                f"environment: MASTER_PORT={port} cannot be listened on ({error.strerror}); give a free port (--master-port)"
+            ) from error
+        port = listening.getsockname()[1]
+    store = dist.TCPStore(
+        where,
+        port,
+        topology.world_size,
+        is_master=topology.rank == 0,
+        timeout=timeout,
+        master_listen_fd=None if listening is None else listening.detach(),
+    )
+    return {"store": store, "rank": topology.rank, "world_size": topology.world_size}
 
 
 def allow_open_files() -> None:

@@ -1,7 +1,6 @@
 """Batches one step ahead: while the device works on one, a thread collates the next, pins it and begins its copy."""
 
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -51,9 +50,6 @@ class Feeder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and threading.current_thread() is threading.main_thread():
-            # The launcher may have ended the loader workers of a run that fails: torch's handler would make an error of it.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._closed.set()
         if self._thread is not None:
             while self._thread.is_alive() and not self._queue.empty():

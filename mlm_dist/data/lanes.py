@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
 
 from mlm_dist.data.batches import BatchSchedule
 from mlm_dist.data.block import BlockError, BlockMaker, DataFault
@@ -277,29 +276,28 @@ class Chunk:
         )
 
 
-class LaneDataset(IterableDataset):
-    """What a loader worker runs: endless chunks of the lanes that it owns, ``rounds`` rows of each."""
+def rounds_in_message(plan: Plan, lanes: int) -> int:
+    """Rows of each lane in one chunk of so many lanes. All workers of a rank take the same, that of the one with most lanes."""
+    return max(1, MESSAGE_TOKENS // plan.makers[0].seq_len // lanes)
 
-    def __init__(self, plan: Plan, lanes: Sequence[int], first_row: int, cursors: np.ndarray):
-        self.plan, self.lanes, self.first_row, self.cursors = plan, list(lanes), first_row, cursors
 
-    def __iter__(self) -> Iterator[Chunk]:
-        info = get_worker_info()
-        lanes = self.lanes[info.id :: info.num_workers] if info else self.lanes
-        # All workers of a rank must send the same rounds in a message, so the count comes from the largest of them.
-        largest = -(-len(self.lanes) // (info.num_workers if info else 1))
-        rounds = max(1, MESSAGE_TOKENS // self.plan.makers[0].seq_len // largest)
-        readers = [LaneReader(self.plan, lane, self.cursors[lane]) for lane in lanes]
-        total = self.plan.order.lanes
-        start = self.first_row // total
-        while True:
-            runs: list[Run] = []
-            faults: list[tuple[int, DataFault]] = []
-            for reader in readers:
-                # Rows before the first belong to batches that are done.
-                skip = int(start * total + reader.lane < self.first_row)
-                taken, lost = reader.take((start + skip) * total + reader.lane, rounds - skip)
-                runs += taken
-                faults += lost
-            yield Chunk.of(runs, faults, self.plan)
-            start += rounds
+def read_lanes(plan: Plan, lanes: Sequence[int], first_row: int, cursors: np.ndarray, rounds: int) -> Iterator[Chunk]:
+    """Endless chunks of some lanes from row ``first_row`` of the run on, ``rounds`` rows of each lane.
+
+    Args:
+        cursors: int64 [all lanes, 3], where each lane is before that row.
+    """
+    readers = [LaneReader(plan, lane, cursors[lane]) for lane in lanes]
+    total = plan.order.lanes
+    start = first_row // total
+    while True:
+        runs: list[Run] = []
+        faults: list[tuple[int, DataFault]] = []
+        for reader in readers:
+            # Rows before the first belong to batches that are done.
+            skip = int(start * total + reader.lane < first_row)
+            taken, lost = reader.take((start + skip) * total + reader.lane, rounds - skip)
+            runs += taken
+            faults += lost
+        yield Chunk.of(runs, faults, plan)
+        start += rounds

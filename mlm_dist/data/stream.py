@@ -5,27 +5,22 @@ lanes c with c mod W == r; its loader worker j owns every n-th of them.
 """
 
 import math
-import os
-import signal
-import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from mlm_dist.data.batches import BatchSchedule, BatchWarmup
 from mlm_dist.data.block import BlockMaker, DataFault
-from mlm_dist.data.lanes import Chunk, LaneDataset, Lost, Plan
+from mlm_dist.data.lanes import Chunk, Lost, Plan, read_lanes, rounds_in_message
+from mlm_dist.data.loader import chunks_of_workers
 from mlm_dist.data.order import Order, default_lanes
 from mlm_dist.data.packing import LongDocuments, Packing
 from mlm_dist.data.rows import Rows
 from mlm_dist.data.tokenizer import Backend, TextTokenizer
 from mlm_dist.errors import UserError
 from mlm_dist.sizes import parse_size
-
-PREFETCH = 2
 
 
 @dataclass
@@ -148,23 +143,6 @@ class DataConfig:
                 )
 
 
-def _worker_signals(_worker: int) -> None:
-    """Signals that reach all processes of a job are for the rank, which may need its workers to come to a checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _end_with(parent: int) -> None:
-    """Ends this worker when the rank says so, or is gone: left to itself it would wait for ever to hand over its messages."""
-    told = None
-    while os.getppid() == parent and (told is None or told.si_pid != parent):
-        told = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-    os._exit(128 + signal.SIGTERM)
-
-
 @dataclass
 class Batch:
     """One rank's part of global batch ``step``.
@@ -179,6 +157,7 @@ class Batch:
         row_cursors: int64 [R, 3], the lane's after each row.
         faults: what was lost on the way here.
         micro_batches: how many micro-batches every rank takes in this step.
+        restarts: loader workers that died on the way here and were started again, in words; nothing was lost by it.
     """
 
     step: int
@@ -193,6 +172,7 @@ class Batch:
     row_cursors: np.ndarray
     faults: list[DataFault]
     micro_batches: int
+    restarts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -306,7 +286,8 @@ class Stream:
                 f"data.lanes: the checkpoint has {len(cursors)} lanes, this run {self.order.lanes}; lanes are fixed for the life of a run."
             )
         lanes = list(range(self.rank, self.order.lanes, self.world_size))
-        chunks = self._chunks(lanes, self.schedule.first(start), cursors, lost)
+        restarts: list[str] = []
+        chunks = self._chunks(lanes, self.schedule.first(start), cursors, lost, restarts.append)
         buffer: Chunk | None = None
         step = start
         while True:
@@ -335,7 +316,9 @@ class Stream:
                 row_cursors=mine.cursors,
                 faults=[fault for _, fault in mine.faults],
                 micro_batches=self.micro_batches(step),
+                restarts=restarts[:],
             )
+            restarts.clear()
             step += 1
 
     def origins(self, batch: Batch) -> list[Origin]:
@@ -360,26 +343,15 @@ class Stream:
     def _plan(self, lost: Lost) -> Plan:
         return Plan(self.makers, self.order, self.epochs, self.schedule, lost)
 
-    def _chunks(self, lanes: list[int], first_row: int, cursors: np.ndarray, lost: Lost) -> Iterator[Chunk]:
+    def _chunks(
+        self, lanes: list[int], first_row: int, cursors: np.ndarray, lost: Lost, died: Callable[[str], None]
+    ) -> Iterator[Chunk]:
         if not lanes:
-            return
-        dataset = LaneDataset(self._plan(lost), lanes, first_row, cursors)
-        workers = min(self.workers, len(lanes))
+            return iter(())
+        plan, workers = self._plan(lost), min(self.workers, len(lanes))
         if not workers:
-            yield from dataset
-            return
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            worker_init_fn=_worker_signals,
-            collate_fn=_as_is,
-        )
-        messages = iter(loader)
-        while True:
-            # In order, the loader gives one message of each worker in turn.
-            yield Chunk.merge([next(messages) for _ in range(workers)])
+            return read_lanes(plan, lanes, first_row, cursors, rounds_in_message(plan, len(lanes)))
+        return chunks_of_workers(plan, lanes, first_row, cursors, workers, died)
 
     def collate(self, batch: Batch) -> list[dict[str, Any]]:
         """The batch as micro-batches (see ``Rows.collate``); a place without a row holds [CLS] [SEP] and no label."""
@@ -396,10 +368,6 @@ class Stream:
             rows = Rows.empty(1, tok.cls_id, tok.sep_id, tok.dtype)
         shape = (self.micro_batch, self.makers[0].seq_len) if self.one_shape else None
         return rows.collate(tok.pad_id, flat=self.flat, shape=shape)
-
-
-def _as_is(chunk: Any) -> Any:
-    return chunk
 
 
 def open_stream(

@@ -54,11 +54,17 @@ def save_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 @dataclass
 class Program:
-    """The ranks of one start."""
+    """The ranks of one start.
+
+    Attributes:
+        before: Python that every rank runs before the program.
+        module: a stand-in for the program.
+    """
 
     config: Path
     world: int = 1
     flags: Sequence[str] = ()
+    before: str = ""
     module: str = "mlm_dist.train"
     environ: dict[str, str] = field(default_factory=dict)
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -79,7 +85,9 @@ class Program:
                 **self.environ,
             }
             with self.log(rank).open("wb") as log:
-                command = [sys.executable, "-m", self.module, "--config", str(self.config), *self.flags]
+                code = f"import sys\n{self.before}\nfrom mlm_dist.train import main\nsys.exit(main())"
+                program = ["-c", code] if self.before else ["-m", self.module]
+                command = [sys.executable, *program, "--config", str(self.config), *self.flags]
                 # A group of its own: the loader workers die with their rank.
                 self.ranks.append(
                     subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
