@@ -88,7 +88,7 @@ class Chaos:
         s = self.start
         flags = ["--deepspeed.config", s["stage"], "--data.workers", str(s["workers"])]
         environ = {FAULTS: json.dumps(self.faults), ROWS: str(self.rows), PAUSE: str(pause)}
-        return Program(self.config, s["world"], flags, "tests.chaos.rank", environ).start()
+        return Program(self.config, s["world"], flags, module="tests.chaos.rank", environ=environ).start()
 
     def reached(self) -> int:
         """The last step that was logged."""
@@ -232,7 +232,9 @@ class Chaos:
         (calm / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
         rows = self.folder / "calm-rows"
         environ = {ROWS: str(rows)}
-        Program(self.config, 1, ["--run.name", "calm"], "tests.chaos.rank", environ).start().finish(ENDED_S)
+        Program(self.config, 1, ["--run.name", "calm"], module="tests.chaos.rank", environ=environ).start().finish(
+            ENDED_S
+        )
 
         ours, theirs = last_rows(self.rows), last_rows(rows)
         assert ours.keys() == theirs.keys() == set(range(self.steps))

@@ -26,7 +26,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def faulty(config: Path, world: int, flags: list[str], *faults: dict[str, Any]) -> Program:
-    return Program(config, world, flags, "tests.e2e.faulty", {FAULTS: json.dumps(faults)})
+    return Program(config, world, flags, module="tests.e2e.faulty", environ={FAULTS: json.dumps(faults)})
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
