@@ -32,7 +32,7 @@ from mlm_dist.clock import StepClock
 from mlm_dist.errors import UserError
 from mlm_dist.loss_scale import LossScaler
 from mlm_dist.micro_batch import MicroBatch, on_device
-from mlm_dist.optim import CLASSES, STATE_KEYS, OptimConfig, build_optimizer, param_groups
+from mlm_dist.optim import CLASSES, STATE_KEYS, OptimConfig, build_optimizer, group_meta
 from mlm_dist.spikes import SpikeGuard
 
 
@@ -108,7 +108,7 @@ class Engine:
         self._watch_gradient()
         self._spikes = spikes
         self._optim_class = CLASSES[optim.name]
-        self._optim_meta = _group_meta(module, optim, prefix)
+        self._optim_meta = group_meta(module, optim, prefix)
         rounds_weights = "bf16" in ds_config
         unrounded = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()} if rounds_weights else {}
         # Stage 3 puts its own in place of this for the whole process, with other roundings, and leaves it there.
@@ -390,18 +390,3 @@ class Engine:
                 f"checkpoint: {name} has shape {tuple(value.shape)}, the model's is {tuple(self._shapes[name])}"
             )
         return value.to(torch.float32)
-
-
-def _group_meta(module: nn.Module, optim: OptimConfig, prefix: str) -> list[dict[str, Any]]:
-    """The parameter groups by name, for JSON."""
-    name_of = {id(p): name.removeprefix(prefix) for name, p in module.named_parameters()}
-    return [
-        {
-            "name": group["name"],
-            "names": [name_of[id(p)] for p in group["params"]],
-            "weight_decay": group["weight_decay"],
-            "betas": list(optim.betas),
-            "eps": optim.eps,
-        }
-        for group in param_groups(module, optim.weight_decay)
-    ]

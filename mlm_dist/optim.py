@@ -96,6 +96,21 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
+def group_meta(module: nn.Module, optim: OptimConfig, prefix: str = "") -> list[dict[str, Any]]:
+    """The parameter groups by name, `prefix` taken off, for JSON."""
+    name_of = {id(p): name.removeprefix(prefix) for name, p in module.named_parameters()}
+    return [
+        {
+            "name": group["name"],
+            "names": [name_of[id(p)] for p in group["params"]],
+            "weight_decay": group["weight_decay"],
+            "betas": list(optim.betas),
+            "eps": optim.eps,
+        }
+        for group in param_groups(module, optim.weight_decay)
+    ]
+
+
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer that `optim` names, over param_groups()."""
     builders = {"adamw": build_adamw, "cpu_adam": _cpu_adam, "lamb": _lamb, "stable_adamw": _stable_adamw}

@@ -510,15 +510,15 @@ class Run:
                 f"{what}, after {len(self.skips)} roll-back(s) (train.max_rollbacks); events.jsonl tells of each. "
                 "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
             )
-        self.writer.wait()
-        self.control.barrier()  # now what all have written is there
+        self._settle()
         plan = None
         if self.tracker is not None:
             plan = rollback.plan(self.dir.path, self.ledger, bad, self.console.say)
             first, last = plan.skip
             # Before anything is done: a start after a crash finds it, and goes back likewise.
             self.tracker.event(
-                {"kind": "rollback", "step": self.step, "to": plan.step, "skip": plan.skip, "bad": bad, "why": what}
+                {"kind": "rollback", "step": self.step, "to": plan.step, "skip": plan.skip, "bad": bad, "why": what},
+                required=True,
             )
             self.ledger.add_skips([plan.skip])
             rollback.discard(rollback.void_checkpoints(self.dir.path, self.ledger))
@@ -528,6 +528,7 @@ class Run:
         plan = self.control.broadcast(plan)
         self.lost = self.control.broadcast(self.ledger.lost_blocks() if self.is_first else None)
         self.skips = [*self.skips, plan.skip]
+        self.validation = None
         if plan.to is None:
             self._begin_again()
         else:

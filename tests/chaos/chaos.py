@@ -50,6 +50,7 @@ class Chaos:
     start: dict[str, Any] = field(default_factory=lambda: {"world": 2, "stage": "zero1", "workers": 1})
     faults: list[dict[str, Any]] = field(default_factory=list)
     intact: dict[Path, bytes] = field(default_factory=dict)  # what shards held before they were damaged
+    logged: int = 0  # bytes of metrics.jsonl before the last start
 
     def __post_init__(self) -> None:
         steps = 10 + sum(event.steps + EVERY for event in self.events)
@@ -74,8 +75,7 @@ class Chaos:
             begun = time.monotonic()
             before = self.newest()
             program = self.begin()
-            program.wait_for_step(self.run, before + event.steps)
-            at = self.reached()
+            at = self.wait_for(program, before + event.steps)
             outcome = getattr(self, event.kind)(event, program)
             self.say(
                 f"{number + 1:3} {event.kind:18} at step {at:4}, from checkpoint {before:4}: {outcome} ({time.monotonic() - begun:.0f} s)"
@@ -85,14 +85,30 @@ class Chaos:
 
     def begin(self, pause: float = PAUSE_S) -> Program:
         """Start the run again, as it was started last."""
+        path = self.run / "metrics.jsonl"
+        self.logged = path.stat().st_size if path.exists() else 0  # what is behind it is of this attempt
         s = self.start
         flags = ["--deepspeed.config", s["stage"], "--data.workers", str(s["workers"])]
         environ = {FAULTS: json.dumps(self.faults), ROWS: str(self.rows), PAUSE: str(pause)}
         return Program(self.config, s["world"], flags, module="tests.chaos.rank", environ=environ).start()
 
+    def wait_for(self, program: Program, step: int) -> int:
+        """Return the last step of this attempt, when it is ``step`` or later."""
+        deadline = time.monotonic() + ENDED_S
+        while (reached := self.reached()) < step:
+            assert time.monotonic() < deadline and all(r.poll() is None for r in program.ranks), program.output()
+            time.sleep(0.02)
+        return reached
+
     def reached(self) -> int:
-        """The last step that was logged."""
-        return max(m["step"] for m in read_json_lines(self.run / "metrics.jsonl"))
+        """The last step that this attempt has logged, or 0."""
+        path = self.run / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            file.seek(self.logged)
+            lines = file.read().split(b"\n")[:-1]
+        return max((json.loads(line)["step"] for line in lines), default=0)
 
     def newest(self) -> int:
         """The step of the newest checkpoint, or 0."""
@@ -144,7 +160,7 @@ class Chaos:
         os.kill(workers[int(event.draw * len(workers))], signal.SIGKILL)
         step = self.reached()
         try:
-            program.wait_for_step(self.run, step + 3)
+            self.wait_for(program, step + 3)
         except AssertionError:
             codes = self.ended(program)
             assert all(code not in (0, STOPPED) for code in codes), codes
