@@ -59,6 +59,7 @@ class Program:
     config: Path
     world: int = 1
     flags: Sequence[str] = ()
+    module: str = "mlm_dist.train"
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> "Program":
@@ -76,7 +77,7 @@ class Program:
                 "PYTHONPATH": str(ROOT),
             }
             with self.log(rank).open("wb") as log:
-                command = [sys.executable, "-m", "mlm_dist.train", "--config", str(self.config), *self.flags]
+                command = [sys.executable, "-m", self.module, "--config", str(self.config), *self.flags]
                 # A group of its own: the loader workers die with their rank.
                 self.ranks.append(
                     subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
