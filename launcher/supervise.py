@@ -21,6 +21,7 @@ from launcher.lease import BEAT_S, Lease
 from launcher.processes import ProcessTree
 from launcher.run_dir import ENDED, RunDir
 from mlm_dist.errors import UserError
+from mlm_dist.lifecycle import EXIT_HUNG
 
 POLL_S = 0.1
 SETTLE_S = 5.0  # in which the reports of other hosts become visible here, and in which their ranks end when told to
@@ -39,8 +40,9 @@ class Ending:
 
     @property
     def first_failure(self) -> Report | None:
-        """The rank that failed first; the others' failures usually follow from it."""
-        return next((r for r in self.reports if r.code not in (0, STOPPED)), None)
+        """The rank that failed first; the others' failures usually follow from it. Of a run that hung, the first that its watchdog ended."""
+        failed = [r for r in self.reports if r.code not in (0, STOPPED)]
+        return next((r for r in failed if r.code == EXIT_HUNG), failed[0] if failed else None)
 
 
 def exit_code(end: Ending) -> int:
@@ -319,6 +321,12 @@ class Supervisor:
             for line in output.get(next(traced, failure.rank), ()):
                 with contextlib.suppress(OSError):
                     print(line, file=sys.stderr)
+            if code == EXIT_HUNG:
+                status = self.run.status()
+                say(
+                    f"{status.reason if status else 'the run hangs'}; the run is down, its ranks' stacks are in {self.run.logs}"
+                )
+                return
             how = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"exit code {code}"
             where = f" on {failure.host}" if self._lease else " of this host's" if self._part else ""
             say(f"rank {failure.rank}{where} failed first ({how}); the run is down")

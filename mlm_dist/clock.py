@@ -1,4 +1,4 @@
-"""Where the time of a step goes: forward, backward, optimizer, communication, without waiting for the device but when it is read."""
+"""Where a rank is, and where the time of a step goes: forward, backward, optimizer, communication, without waiting for the device but when it is read."""
 
 from __future__ import annotations
 
@@ -27,6 +27,35 @@ _COLLECTIVES = (
 )
 
 
+class Position:
+    """Where a rank is: written by its loop at the price of some attributes, read by its watchdog's thread.
+
+    Attributes:
+        step: steps done.
+        phase: "start", "data", one of PHASES, "validation", "checkpoint", "closing", or "loop" between them.
+        count: phases entered and left; two ranks that did the same have the same.
+        settled: a step of this attempt is done, so that the next ones should take no longer.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.count, self.settled = 0, "start", 0, False
+
+    def enter(self, phase: str) -> str:
+        """Go over to another phase; returns the one before."""
+        before, self.phase = self.phase, phase
+        self.count += 1
+        return before
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """What happens inside is ``phase``."""
+        before = self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+
 class StepClock:
     """Adds up time by phase. A phase inside another is taken out of the outer one.
 
@@ -34,7 +63,8 @@ class StepClock:
     another stream than the outer phase's goes on beside it, and is counted but not taken out.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, position: Position | None = None) -> None:
+        self.position = position or Position()
         self._cuda = device.type == "cuda"
         self._device = device
         self._open: list[tuple[str, Any]] = []  # (phase, its stream)
@@ -45,7 +75,16 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside counts as ``name``."""
+        """What happens inside counts as ``name``, and is where the rank is."""
+        before = self.position.enter(name)
+        try:
+            with self._timed(name):
+                yield
+        finally:
+            self.position.enter(before)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         if self._paused:
             yield
             return

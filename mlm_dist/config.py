@@ -59,7 +59,8 @@ class TrainConfig:
             ``bf16_pure`` (weights and activations in bf16, fp32 masters and gradient sums; ZeRO stages 1 to 3).
         clip: largest global L2 norm of the gradients; 0 is off.
         deterministic: bitwise repeatable kernels on CUDA (CPU is so anyway).
-        timeout: seconds after which a collective that does not finish ends the run.
+        timeout: seconds in which no rank gets any further after which the run ends with code 76, naming the ranks that are waited for; the start up
+            to the first step, and checkpoints, may take 1800 s where this is less. Collectives give up after 1.25 times as long and 30 s.
         max_skipped: consecutive steps with a non-finite loss or gradient, or with a spike, before the run goes back; overflows
             that fp16's loss scale answers by halving itself are not counted.
         max_rollbacks: how often in the life of the run it may go back, to the last checkpoint before such steps, to leave

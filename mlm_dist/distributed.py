@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -189,7 +190,13 @@ class ControlGroup:
     to make the same calls in the same order.
     """
 
-    def __init__(self, timeout_s: float = 1800.0) -> None:
+    def __init__(
+        self,
+        timeout_s: float = 1800.0,
+        waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """`waiting` makes a context around each call that waits for other ranks."""
+        self._waiting = waiting
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -206,23 +213,27 @@ class ControlGroup:
 
     def sum(self, values: list[int]) -> list[int]:
         """The exact int64 sum of `values`, element by element, over all ranks."""
-        return self.start(values).wait()
+        with self._waiting():
+            return self.start(values).wait()
 
     def gather(self, obj: Any) -> list[Any] | None:
         """Every rank's (picklable) `obj` in rank order on rank 0; None on the others."""
         parts: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(obj, parts, dst=0, group=self._group)
+        with self._waiting():
+            dist.gather_object(obj, parts, dst=0, group=self._group)
         return parts
 
     def broadcast(self, obj: Any) -> Any:
         """Rank 0's (picklable) `obj` on every rank; what the others pass is not looked at."""
         box = [obj if self.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
+        with self._waiting():
+            dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
         return box[0]
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
-        dist.barrier(group=self._group)
+        with self._waiting():
+            dist.barrier(group=self._group)
 
 
 def shutdown() -> None:

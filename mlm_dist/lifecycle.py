@@ -20,7 +20,7 @@ from typing import Any, Literal
 from mlm_dist.errors import UserError
 from mlm_dist.files import DISK_FULL, overwrite, read_json, write_atomically
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
+EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_HUNG, EXIT_INTERRUPTED = 0, 1, 2, 75, 76, 130
 HEARTBEAT_S, STALE_AFTER_S = 5.0, 60.0
 State = Literal["running", "preempted", "cancelled", "finished", "failed"]
 
@@ -239,7 +239,12 @@ class RunDir:
         return True
 
     def failed(self, step: int, reason: str) -> None:
-        """Write the status of a failure, with the reason of the rank that failed first, whichever rank comes last to write it."""
+        """Write the status of a failure, with the reason of the rank that failed first, whichever rank comes last to write it.
+
+        Nothing, where a later attempt holds the run: this rank slept through the end of its own.
+        """
+        if (read_json(self.path / "lock") or {}).get("attempt", self.attempt) != self.attempt:
+            return
         with contextlib.suppress(OSError):
             reason = self._failure_file().read_text() or reason
         self.status("failed", step, reason)

@@ -32,7 +32,8 @@ class Meter:
     def waiting(self) -> Iterator[None]:
         """What happens inside is waiting for data."""
         begun = time.perf_counter()
-        yield
+        with self._clock.position.within("data"):
+            yield
         self._wait += time.perf_counter() - begun
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from mlm_dist import autobatch, branch, checkpoint, choice, distributed, evaluate, rollback
-from mlm_dist.clock import COMMUNICATION, StepClock, timed_collectives
+from mlm_dist.clock import COMMUNICATION, Position, StepClock, timed_collectives
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole
 from mlm_dist.data.rng import keyed_seed
@@ -54,6 +55,7 @@ from mlm_dist.rollback import verdict
 from mlm_dist.schedule import lr_factor
 from mlm_dist.spikes import SpikeGuard
 from mlm_dist.tracking import Tracker
+from mlm_dist.watchdog import Watchdog, collective_timeout
 
 # Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
 OTHERS_WAIT_S = 5.0
@@ -63,7 +65,12 @@ class Run:
     """One attempt of a run on one rank."""
 
     def __init__(
-        self, invocation: Invocation, inputs: Inputs, topology: distributed.Topology, control: distributed.ControlGroup
+        self,
+        invocation: Invocation,
+        inputs: Inputs,
+        topology: distributed.Topology,
+        control: distributed.ControlGroup,
+        position: Position,
     ):
         self.config, self.inputs, self.topology, self.control = invocation.config, inputs, topology, control
         self.allow_change = invocation.allow_change
@@ -71,7 +78,8 @@ class Run:
         self.is_first = topology.rank == 0
         self.console = RunConsole(self.config.train.steps, self.is_first)
         self.flag = StopFlag()
-        self.clock = StepClock(topology.device)
+        self.position = position
+        self.clock = StepClock(topology.device, position)
         self.tracker: Tracker | None = None
         spike = self.config.train.spike
         self.spikes = None if spike is None else SpikeGuard(spike, topology.device)
@@ -98,6 +106,7 @@ class Run:
             raise UserError(answer["error"])
         self.dir.attempt, self.finished_before = answer["attempt"], answer["finished"]
         self.lost, self.skips, self.source = frozenset(answer["lost"]), answer["skips"], answer["source"]
+        self.watchdog = Watchdog(self.position, self.config.train.timeout, run=self.dir, end=self._end_now)
         return answer["checkpoint"]
 
     def _open_first(self) -> dict[str, Any]:
@@ -352,6 +361,7 @@ class Run:
     def train(self) -> str:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
         config = self.config
+        self.position.step, self.position.phase = self.step, "loop"
         self.console.begin(self.progress())
         if config.train.steps is not None and self.step >= config.train.steps:
             return self._end("finished")
@@ -363,8 +373,9 @@ class Run:
             with Feeder(batches, self.stream.collate, self.topology.device) as feeder, timed_collectives(self.clock):
                 outcome, unlogged = self._steps(feeder, meter)
             if outcome == "diverged":
-                with meter.pause():
+                with meter.pause(), self.position.within("checkpoint"):
                     self._roll_back()
+                self.position.step = self.step
         if unlogged is not None:
             self._log(*unlogged, meter)
         return self._end(outcome)
@@ -403,7 +414,8 @@ class Run:
             with self.clock.phase(COMMUNICATION):  # slower ranks are waited for here
                 selected, tokens, attended, batch_bytes, live, stop, requeue, faults, unwritten = pending.wait()
             if unwritten:
-                self._settle()
+                with self.position.within("checkpoint"):
+                    self._settle()
             if faults:
                 self._record_faults(batch)
             if not live:
@@ -425,6 +437,7 @@ class Run:
             elif result is not None and not result.overflow:  # by overflows fp16 finds its loss scale
                 self.bad_steps = []
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
+            self.position.step, self.position.settled = self.step, True
             self.cursors = batch.cursors
             meter.count(tokens, attended, selected)
             if bad:
@@ -441,10 +454,10 @@ class Run:
                 self._log(*unlogged, meter)
                 unlogged = None
             if config.eval.every and self.step % config.eval.every == 0 and not stop:
-                with meter.pause():
+                with meter.pause(), self.position.within("validation"):
                     self.validate()
             if self.step % config.checkpoint.every == 0:
-                with meter.pause():
+                with meter.pause(), self.position.within("checkpoint"):
                     self.save()
             if config.train.steps is not None and self.step >= config.train.steps:
                 return "finished", unlogged
@@ -454,12 +467,15 @@ class Run:
 
     def _end(self, outcome: str) -> str:
         if outcome == "finished" and self.validated_step != self.step:
-            self.validate()
-        self._settle()
-        if self.saved_step != self.step:
-            self.save()
-            self._settle(last=True)
-        self.control.barrier()
+            with self.position.within("validation"):
+                self.validate()
+        with self.position.within("checkpoint"):
+            self._settle()
+            if self.saved_step != self.step:
+                self.save()
+                self._settle(last=True)
+            self.control.barrier()
+        self.position.phase = "closing"
         return outcome
 
     def _record_faults(self, batch: Batch) -> None:
@@ -660,6 +676,7 @@ class Run:
             self.dir.status(state, self.step, self.flag.reason if code == EXIT_STOPPED else "", requeue)
         # From here on nothing can turn the outcome into a failure, and no rank waits for rank 0's tracking.
         self.control.barrier()
+        self.watchdog.stop()
         if self.tracker is not None:
             reason = self.flag.reason if code == EXIT_STOPPED else ""
             with contextlib.suppress(OSError):
@@ -681,6 +698,7 @@ class Run:
         """Record a failure; the first rank that fails shows its traceback, the others one line. Does what it can on a full disk."""
         rank = self.topology.rank
         reason = f"rank {rank}: {type(error).__name__}: {error}"
+        self.watchdog.failing(reason, EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
         if isinstance(error, UserError):
             report_user_error(error)
         elif self.dir.claim_failure(reason):
@@ -697,14 +715,22 @@ class Run:
         with contextlib.suppress(OSError):
             self.dir.release()
 
+    def _end_now(self, code: int) -> None:
+        """What the watchdog does last, in its own thread."""
+        with contextlib.suppress(OSError):
+            self.dir.release()
+        _leave(code)
+
 
 def run(invocation: Invocation) -> int:
     """Train as this process's rank; returns the exit code. Raises UserError before anything was changed."""
     config = invocation.config
     inputs = Inputs(config, distributed.Topology.from_env().world_size)
-    topology = distributed.init(config.train.timeout, deterministic=config.train.deterministic)
-    control = distributed.ControlGroup(config.train.timeout)
-    attempt = Run(invocation, inputs, topology, control)
+    timeout = collective_timeout(config.train.timeout)
+    topology = distributed.init(timeout, deterministic=config.train.deterministic)
+    position = Position()
+    control = distributed.ControlGroup(timeout, lambda: position.within(COMMUNICATION))
+    attempt = Run(invocation, inputs, topology, control, position)
     path = attempt.open()
     if attempt.finished_before:
         attempt.console.say(
@@ -715,6 +741,7 @@ def run(invocation: Invocation) -> int:
         return EXIT_FINISHED
     try:
         with stop_signals(attempt.flag):
+            attempt.watchdog.start()
             attempt.build(path)
             attempt.announce()
             with attempt.console:
@@ -735,7 +762,8 @@ def run(invocation: Invocation) -> int:
 
 def _leave(code: int) -> None:
     """End this process without the usual tidying, which would wait for ranks that are gone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a loader worker dies
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a loader worker dies
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -751,7 +779,7 @@ def report_user_error(error: UserError) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Exit codes: 0 finished, 75 stopped with a checkpoint, 2 the user's mistake, 1 a failure."""
+    """The program. Exit codes: 0 finished, 75 stopped with a checkpoint, 76 hung (the watchdog ended it), 2 the user's mistake, 1 a failure."""
     words = [w for w in (sys.argv[1:] if argv is None else argv) if not w.startswith(("--local_rank", "--local-rank"))]
     try:
         return run(load(words))

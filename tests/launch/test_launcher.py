@@ -181,6 +181,10 @@ def ending(
         (ending([75, 75]), 75),
         (ending([75, 75], launcher=-9, state="cancelled"), 75),
         (ending([137, 1], launcher=1), 137),  # who failed first
+        (
+            ending([1, 76, 142], launcher=1, state="failed", ranks=3),
+            76,
+        ),  # what fails beside a hang does so because of it
         (ending([0, 3], launcher=3, state="failed"), 3),
         (ending([], launcher=0), 1),  # what the deepspeed launcher returns when its child dies of a signal
         (ending([], launcher=247), 137),
