@@ -251,6 +251,9 @@ class Writer:
         )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        with contextlib.suppress(OSError):  # what is wrong is told by the first save
+            self.root.mkdir(parents=True, exist_ok=True)
+        # Not later: nothing of a run directory that was removed is to come back.
 
     def clear_leftovers(self) -> None:
         """Remove what attempts before left half-written. Rank 0 calls it before the others can write."""
@@ -293,7 +296,7 @@ class Writer:
     def _run(self, step: int, *args: Any) -> None:
         temporary = self.root / f".tmp_{name(step)}_{self.attempt}"
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(exist_ok=True)
             self._write(step, temporary, *args)
         except BaseException as error:  # a thread's error is raised by the next wait()
             self._error = error
