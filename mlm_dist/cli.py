@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from mlm_dist import __version__
 from mlm_dist.errors import UserError
+from mlm_dist.files import to_null
+from mlm_dist.redact import redact
 
 # Command -> (module, help). Modules are imported only when their command is asked for: some take seconds.
 COMMANDS = {
@@ -43,28 +45,54 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. A UserError is printed as one message and gives 2."""
+    """Run one command; returns its exit code. A UserError is printed as one message and gives 2, output that nobody takes gives 1."""
     words = list(sys.argv[1:] if argv is None else argv)
     if " ".join(words[:2]) in COMMANDS:
         words[:2] = [" ".join(words[:2])]
     try:
-        if words[:1] == ["train"]:
-            return int(importlib.import_module("mlm_dist.train").main(words[1:]))
-        parser = _parser(words)
-        args, rest = parser.parse_known_args(words)
-        module = importlib.import_module(COMMANDS[args.command][0])
-        if args.command in WITH_OVERRIDES:
-            return int(module.run(args, rest))
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return int(module.run(args))
+        code = _run(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        code = 2
     except BrokenPipeError:
+        to_null(1)  # or what is still to be written would be complained of at the end
+        return 1
+    except OSError:
+        if _flush():
+            raise
         return 1
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    except SystemExit:  # after --help
+        if _flush():
+            raise
+        return 1
+    return code if _flush() else 1
+
+
+def _flush() -> bool:
+    """Whether stdout takes what it still holds; says so if not, but for a reader that has left."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        to_null(1)
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["train"]:
+        return int(importlib.import_module("mlm_dist.train").main(words[1:]))
+    parser = _parser(words)
+    args, rest = parser.parse_known_args(words)
+    module = importlib.import_module(COMMANDS[args.command][0])
+    if args.command in WITH_OVERRIDES:
+        return int(module.run(args, rest))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return int(module.run(args))
 
 
 if __name__ == "__main__":

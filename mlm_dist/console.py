@@ -1,12 +1,58 @@
 """What rank 0 shows while a run goes on: a bar on a terminal, plain lines in a log file."""
 
+import contextlib
+import io
+import os
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlm_dist.files import to_null
+from mlm_dist.redact import redact
+
+
+class _Fd(io.FileIO):
+    """A file descriptor that nothing is printed to any more once a write has failed."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            to_null(self.fileno())
+            return len(data)
+
+
+def outlive_output() -> None:
+    """From here on a reader that goes away, a terminal that hangs up or a full disk under stdout and stderr takes the output, not the program.
+
+    One that was closed already is /dev/null from now on: else the next file that is opened would get its number, and with it what libraries print.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            to_null(fd)
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        if old is not None and _number(old) != fd:
+            continue  # it goes elsewhere: a test's
+        if old is not None:
+            with contextlib.suppress(OSError):
+                old.flush()
+        raw = io.BufferedWriter(_Fd(fd, "w", closefd=False))
+        new = io.TextIOWrapper(raw, old and old.encoding, errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, new)
+
+
+def _number(stream: Any) -> int | None:
+    try:
+        return int(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 class RunConsole:
@@ -46,7 +92,7 @@ class RunConsole:
     def say(self, message: str) -> None:
         """One line that stays."""
         if self.enabled:
-            self.console.print(message, markup=False)
+            self.console.print(redact(message), markup=False)
             sys.stderr.flush()
 
     def begin(self, progress: float) -> None:

@@ -119,7 +119,7 @@ def _tokenizer(run_dir: Path) -> "PreTrainedTokenizerFast":
     directory = run_dir / "tokenizer"
     if not directory.is_dir():
         raise UserError(f"{directory}: missing; a run keeps its tokenizer there")
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
 
 def export(path: str | Path, output: str | Path | None = None, *, step: int | None = None, best: bool = False) -> Path:
@@ -181,7 +181,7 @@ def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTok
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    loaded = AutoModelForMaskedLM.from_pretrained(directory, local_files_only=True)
+    loaded = AutoModelForMaskedLM.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     written = dict(loaded.named_parameters(remove_duplicate=False))
     for name, value in model.named_parameters(remove_duplicate=False):
         # As integers: bits, so that -0.0 is not 0.0 and a NaN is itself.
@@ -189,7 +189,10 @@ def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTok
             raise RuntimeError(f"{directory}: {name} differs after loading it again")
     if loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight:
         raise RuntimeError(f"{directory}: the decoder is not tied after loading it again")
-    if AutoTokenizer.from_pretrained(str(directory), local_files_only=True).get_vocab() != tokenizer.get_vocab():
+    if (
+        AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False).get_vocab()
+        != tokenizer.get_vocab()
+    ):
         raise RuntimeError(f"{directory}: the tokenizer differs after loading it again")
 
 

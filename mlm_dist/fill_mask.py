@@ -66,9 +66,9 @@ def load(name: str) -> "tuple[BertForMaskedLM, PreTrainedTokenizerBase]":
 
     try:
         with quiet():
-            model = AutoModelForMaskedLM.from_pretrained(name)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+            model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # safetensors, pickle, JSON and network errors share no base
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{name}: cannot be loaded as a masked-language model ({first}); "

@@ -22,6 +22,7 @@ from mlm_dist.files import DISK_FULL, overwrite, read_json, write_atomically
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_HUNG, EXIT_INTERRUPTED = 0, 1, 2, 75, 76, 130
 HEARTBEAT_S, STALE_AFTER_S = 5.0, 60.0
+LOOK_S = 3 * HEARTBEAT_S
 State = Literal["running", "preempted", "cancelled", "finished", "failed"]
 
 
@@ -55,6 +56,10 @@ class RunConfig:
         return Path(self.dir) / self.name
 
 
+class RunDirGone(Exception):
+    """The run directory is not there any more: there is nowhere to go on."""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, whole."""
     write_atomically(path, json.dumps(content, indent=1).encode())
@@ -69,6 +74,7 @@ class RunDir:
         self.died: dict[str, Any] | None = None
         self.last_status: dict[str, Any] | None = None
         self._watcher: _Watcher | None = None
+        self._place: tuple[int, int] | None = None
 
     def prepare(self) -> None:
         """Make the directory and see that it can be written. Raises UserError."""
@@ -78,6 +84,7 @@ class RunDir:
             probe = self.path / f".write-probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
+            self._place = _place(self.path)
         except OSError as error:
             raise UserError(
                 f"run.dir: {str(self.path)!r} cannot be written ({error.strerror}). Give a directory that you may write as --run.dir."
@@ -111,7 +118,7 @@ class RunDir:
                 "attempt": self.attempt,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "started": _started(os.getpid()),
+                "started": started_at(os.getpid()),
             }
             try:
                 fd = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -156,6 +163,15 @@ class RunDir:
             # After a long stall another start may have taken it over.
             if (read_json(self.path / "lock") or {}).get("attempt") == self.attempt:
                 (self.path / "lock").unlink(missing_ok=True)
+
+    def is_gone(self) -> bool:
+        """Whether the directory was removed or moved, or another is in its place, since ``prepare``."""
+        try:
+            return self._place is not None and _place(self.path) != self._place
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # a file server that does not answer
+            return False
 
     def status(self, state: State, step: int, reason: str = "", requeue: bool = False) -> None:
         """Write status.json, the truth about how the run stands. On a full disk it is written over; a run that goes on does without, if need be.
@@ -235,7 +251,7 @@ class RunDir:
         except FileExistsError:
             return False
         except OSError:
-            return True
+            return not self.is_gone()  # then the first rank tells why
         return True
 
     def failed(self, step: int, reason: str) -> None:
@@ -248,6 +264,11 @@ class RunDir:
         with contextlib.suppress(OSError):
             reason = self._failure_file().read_text() or reason
         self.status("failed", step, reason)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
@@ -276,16 +297,32 @@ def _short(value: Any) -> str:
 
 
 def _alive(lock: Path, content: dict[str, Any] | None) -> bool:
+    """Whether the attempt that holds the lock lives: on this host by its process, on another by its heartbeat.
+
+    Both stamps that tell the lock's age are the file system's own, so the hosts' clocks do not matter. When that clock was set, a living attempt
+    can look dead, or a dead one as if it had written in the future; so then the next heartbeat is waited for.
+    """
     if content and content.get("host") == socket.gethostname():
-        started = _started(content.get("pid"))
-        return started is not None and started == content.get("started")
+        return same_process(content.get("pid"), content.get("started"))
+    guard = lock.with_name(".lock-guard")
     try:
-        return time.time() - lock.stat().st_mtime < STALE_AFTER_S
+        os.utime(guard)
+        seen = lock.stat().st_mtime_ns
+        if 0 <= guard.stat().st_mtime_ns - seen < STALE_AFTER_S * 1e9:
+            return True
+        time.sleep(LOOK_S)
+        return lock.stat().st_mtime_ns != seen
     except FileNotFoundError:
         return False
 
 
-def _started(pid: Any) -> int | None:
+def same_process(pid: Any, started: Any) -> bool:
+    """Whether the process of this host that had this number and started then still lives."""
+    now = started_at(pid)
+    return now is not None and now == started
+
+
+def started_at(pid: Any) -> int | None:
     """When a process of this host started, in clock ticks since boot; None when it is gone, or dead and not yet waited for."""
     try:
         # The command, in parentheses, may hold anything; state is the first field after it, start time the 20th.
@@ -322,11 +359,12 @@ def environment() -> dict[str, Any]:
 
 @dataclass
 class StopFlag:
-    """Whether this rank was asked to stop, by a signal or (rank 0) by the file ``stop_request``."""
+    """Whether this rank was asked to stop, by a signal or (rank 0) by the file ``stop_request``, or (rank 0) cannot go on: its directory is gone."""
 
     wanted: bool = False
     requeue: bool = False
     reason: str = ""
+    gone: bool = False
 
     def ask(self, reason: str, requeue: bool) -> None:
         """Ask for a stop at the next step boundary. Of several, the first reason stays; any of them may ask for a requeue."""
@@ -337,12 +375,18 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_signals(flag: StopFlag) -> Iterator[None]:
-    """USR1 asks for a stop with requeue, TERM and INT for one without. Handlers only set the flag; ranks agree on it in the step's control reduction."""
+    """USR1 asks for a stop with requeue, TERM, INT and HUP for one without; under nohup HUP stays ignored.
+
+    Handlers only set the flag; ranks agree on it in the step's control reduction.
+    """
 
     def handler(number: int, _frame: Any) -> None:
         flag.ask(f"signal {signal.Signals(number).name}", requeue=number == signal.SIGUSR1)
 
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    caught = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    previous = {s: signal.signal(s, handler) for s in caught}
     try:
         yield
     finally:
@@ -351,7 +395,7 @@ def stop_signals(flag: StopFlag) -> Iterator[None]:
 
 
 class _Watcher(threading.Thread):
-    """Thread of the lock's holder: heartbeat, and a look for ``stop_request`` each second."""
+    """Thread of the lock's holder: heartbeat, and a look for the directory and ``stop_request`` each second."""
 
     def __init__(self, run: RunDir, flag: StopFlag):
         super().__init__(name="run-watcher", daemon=True)
@@ -364,6 +408,7 @@ class _Watcher(threading.Thread):
             if time.monotonic() - last > HEARTBEAT_S:
                 self.run_dir.heartbeat()
                 last = time.monotonic()
+            self.flag.gone = self.flag.gone or self.run_dir.is_gone()
             path = self.run_dir.path / "stop_request"
             if path.exists():
                 request = read_json(path)

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from mlm_dist.errors import UserError
 from mlm_dist.files import DISK_FULL, parse_object, write_atomically
+from mlm_dist.redact import redact
 from mlm_dist.wandb_mirror import Mirror, Mode, resolve_mode
 
 log = logging.getLogger(__name__)
@@ -177,42 +177,6 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return sorted(kept.values(), key=lambda r: (r["step"], r["kind"]))
 
 
-_SECRET_KEY = re.compile(
-    r"(^|[_.-])(api[_-]?key|access[_-]?key([_-]id)?|private[_-]?key|secret([_-]\w+)?|pass(word|wd|phrase)|credentials?|(auth|access|api|hf|bearer|session)[_-]?token)$|^token$",
-    re.IGNORECASE,
-)
-_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@")
-_SIGNED = re.compile(
-    r"([?&](?:X-(?:Amz|Goog)-[A-Za-z-]+|AWSAccessKeyId|Signature|sig|token|key|api_key|access_token)=)[^&\s]+",
-    re.IGNORECASE,
-)
-
-
-def redact(value: Any) -> Any:
-    """A copy of a configuration without its secrets: values of keys such as ``password`` or ``hf_token``, user names
-    in URLs, signatures of presigned URLs, and the values of environment variables with such names wherever they
-    appear.
-    """
-    known = [v for k, v in os.environ.items() if len(v) >= 8 and _SECRET_KEY.search(k)]
-    return _redact(value, known)
-
-
-def _redact(value: Any, known: list[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            k: "***" if _SECRET_KEY.search(str(k)) and v is not None else _redact(v, known) for k, v in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_redact(v, known) for v in value]
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, str):
-        for secret in known:
-            value = value.replace(secret, "***")
-        return _SIGNED.sub(r"\1***", _USERINFO.sub(r"\1***@", value))
-    return value
-
-
 class Tracker:
     """Writes a run's metrics and events; rank 0 only, one at a time for a run directory.
 
@@ -304,12 +268,12 @@ class Tracker:
             self._mirror.put(row, line)
 
     def event(self, record: Mapping[str, Any], *, required: bool = False) -> None:
-        """Append to ``events.jsonl`` and wait for the disk; ``time`` and ``attempt`` are added where missing.
+        """Append to ``events.jsonl``, without secrets, and wait for the disk; ``time`` and ``attempt`` are added where missing.
 
         Raises:
             OSError: the file cannot be written; where the disk is full, only for what is ``required`` there.
         """
-        line = {"time": time.time(), "attempt": self.attempt, **record}
+        line = {"time": time.time(), "attempt": self.attempt, **redact(_plain(record))}
         self._events.append(line, sync=True, required=required)
 
     def finish(self, exit_code: int = 0, *, timeout: float = 90.0) -> None:
@@ -366,8 +330,8 @@ class Tracker:
         )
 
     def _warn_wandb(self, message: str) -> None:
-        log.warning("%s", message)
-        self.event({"kind": "wandb", "message": redact(message)})
+        log.warning("%s", redact(message))
+        self.event({"kind": "wandb", "message": message})
 
 
 def _summary_of(record: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -5,9 +5,7 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ import torch
 from mlm_dist import autobatch, branch, checkpoint, choice, distributed, evaluate, rollback
 from mlm_dist.clock import COMMUNICATION, Position, StepClock, timed_collectives
 from mlm_dist.config import Invocation, load
-from mlm_dist.console import RunConsole
+from mlm_dist.console import RunConsole, outlive_output
 from mlm_dist.data.rng import keyed_seed
 from mlm_dist.data.stream import Batch, Origin
 from mlm_dist.engine import Engine, StepResult
@@ -37,6 +35,7 @@ from mlm_dist.lifecycle import (
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     RunDir,
+    RunDirGone,
     State,
     StopFlag,
     environment,
@@ -50,7 +49,9 @@ from mlm_dist.model.bert import ModelConfig
 from mlm_dist.model.compiled import compile_together, layer_class
 from mlm_dist.model.head import MaskedLM
 from mlm_dist.opening import opening_lines
+from mlm_dist.peers import Peers
 from mlm_dist.plan_job import Job
+from mlm_dist.redact import redact
 from mlm_dist.rollback import verdict
 from mlm_dist.schedule import lr_factor
 from mlm_dist.spikes import SpikeGuard
@@ -83,6 +84,7 @@ class Run:
         self.tracker: Tracker | None = None
         spike = self.config.train.spike
         self.spikes = None if spike is None else SpikeGuard(spike, topology.device)
+        self.peers = Peers(control)
         self.step = self.tokens = self.bytes = self.skipped = 0
         self.bad_steps: list[int] = []  # batches that went wrong one after the other, up to now
         self.saved_step: int | None = None
@@ -173,7 +175,7 @@ class Run:
     def _describe(self, changed: dict[str, list[Any]]) -> None:
         """Write down what the attempt is made from, so that the directory alone tells it."""
         path, inputs = self.dir.path, self.inputs
-        (path / "config.yaml").write_text(self.config.dump())
+        self._write_config(path / "config.yaml")
         write_json(path / "env.json", environment())
         inputs.bert_config.save_pretrained(path / "model")
         inputs.pretrained_tokenizer.save_pretrained(path / "tokenizer")
@@ -191,6 +193,14 @@ class Run:
             "changed": changed,
             "branch_from": self.config.run.branch_from,
         }
+
+    def _write_config(self, path: Path) -> None:
+        """Whole, for the run to be started from; with a password or key in it, for its owner's eyes alone."""
+        plain = json.loads(json.dumps(asdict(self.config)))
+        path.unlink(missing_ok=True)
+        mode = 0o666 if redact(plain) == plain else 0o600
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+            file.write(self.config.dump())
 
     def build(self, path: Path | None) -> None:
         """Model, engine and stream, as new or as the checkpoint ``path`` left them."""
@@ -399,6 +409,8 @@ class Run:
         while True:
             with meter.waiting():
                 batch, micro_batches = next(feeder)
+            if self.flag.gone:
+                raise RunDirGone
             mine = [
                 batch.selected,
                 batch.tokens,
@@ -407,7 +419,7 @@ class Run:
                 int(batch.live.sum()),
                 int(self.flag.wanted),
                 int(self.flag.requeue),
-                len(batch.faults),
+                len(batch.faults) + len(batch.restarts),
                 int(self.writer.failed),
             ]
             pending = self.control.start(mine)
@@ -479,12 +491,17 @@ class Run:
         return outcome
 
     def _record_faults(self, batch: Batch) -> None:
-        """Write what the ranks lost on the way to this batch into the ledger, on disk, before the step. Raises DataLoss on all ranks past the limit."""
-        gathered = self.control.gather([asdict(f) for f in batch.faults])
+        """Write what the ranks lost on the way to this batch into the ledger, on disk, before the step, and which loader workers. Raises DataLoss on all
+        ranks past the limit."""
+        gathered = self.control.gather(([asdict(f) for f in batch.faults], batch.restarts))
         verdict = ""
         if gathered is not None:
             assert self.tracker is not None
-            for fault in self.ledger.add(fault for part in gathered for fault in part):
+            for rank, (_, restarts) in enumerate(gathered):
+                for what in restarts:
+                    self.tracker.event({"kind": "worker_restarted", "step": self.step, "rank": rank, "what": what})
+                    self.console.say(f"rank {rank}: {what}; it was started again where it was, and nothing is lost")
+            for fault in self.ledger.add(fault for part, _ in gathered for fault in part):
                 self.tracker.event({"kind": "data_loss", "step": self.step, **fault}, required=True)
                 self.console.say(
                     f"lost {fault['documents']} document(s) of {fault['shard']} at byte {fault['offset']}: {fault['cause']}"
@@ -697,17 +714,28 @@ class Run:
     def fail(self, error: BaseException) -> None:
         """Record a failure; the first rank that fails shows its traceback, the others one line. Does what it can on a full disk."""
         rank = self.topology.rank
-        reason = f"rank {rank}: {type(error).__name__}: {error}"
+        reason = redact(f"rank {rank}: {type(error).__name__}: {error}")
+        gone = self.peers.gone() if isinstance(error, RuntimeError) else ""
+        if gone:
+            reason = f"{gone}. {reason}"
         self.watchdog.failing(reason, EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
-        if isinstance(error, UserError):
+        if self.is_first and self.dir.is_gone():
+            report_user_error(
+                f"run directory {str(self.dir.path)!r} was removed or moved, or another is in its place, so the run ends; what it did after its last "
+                "checkpoint is lost. A directory that was moved goes on under its new name: --run.dir, --run.name."
+            )
+        elif isinstance(error, UserError):
             report_user_error(error)
         elif self.dir.claim_failure(reason):
-            traceback.print_exception(error)
+            if gone:
+                print(reason, file=sys.stderr)
+            else:
+                traceback.print_exception(error)
         else:
             print(f"rank {rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr)
         with contextlib.suppress(OSError):
             path = self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{rank}.traceback"
-            path.write_text("".join(traceback.format_exception(error)))
+            path.write_text(redact("".join(traceback.format_exception(error))))
         with contextlib.suppress(OSError):
             self.dir.failed(self.step, reason)
         if self.tracker:
@@ -762,8 +790,6 @@ def run(invocation: Invocation) -> int:
 
 def _leave(code: int) -> None:
     """End this process without the usual tidying, which would wait for ranks that are gone."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a loader worker dies
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -771,15 +797,16 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def report_user_error(error: UserError) -> None:
+def report_user_error(error: UserError | str) -> None:
     """Print it, on rank 0 at once: the launcher ends the others while they give it time, so the same mistake is shown once."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT_S)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Exit codes: 0 finished, 75 stopped with a checkpoint, 76 hung (the watchdog ended it), 2 the user's mistake, 1 a failure."""
+    outlive_output()
     words = [w for w in (sys.argv[1:] if argv is None else argv) if not w.startswith(("--local_rank", "--local-rank"))]
     try:
         return run(load(words))

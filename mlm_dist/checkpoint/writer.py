@@ -80,6 +80,9 @@ class Writer:
         self._give_up = threading.Event()
         self._begun = self._failed_in_a_row = 0
         self._step: int | None = None
+        with contextlib.suppress(OSError):  # what is wrong is told by the first save
+            self.root.mkdir(parents=True, exist_ok=True)
+        # Not later: nothing of a run directory that was removed is to come back.
 
     def clear_leftovers(self) -> None:
         """Remove what attempts before left half-written. Rank 0 calls it before the others can write."""
@@ -173,7 +176,7 @@ class Writer:
 
     def _run(self, *args: Any) -> None:
         try:
-            self._temporary.mkdir(parents=True, exist_ok=True)
+            self._temporary.mkdir(exist_ok=True)
             self._write(self._temporary, *args)
         except BaseException as error:  # a thread's error is told by the next settle() or wait()
             self._error = error

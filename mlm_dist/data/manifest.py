@@ -184,6 +184,11 @@ class Manifest:
         stated_root = json_field(content, "root", str) if "root" in content else None
         if stated_root is not None and "?" in stated_root:
             raise UserError(f"root is {stated_root!r:.200}; it must not have a query")
+        if isinstance(root, str) and stated_root is not None and _server(stated_root) != _server(root):
+            raise UserError(
+                f"root is {stated_root!r:.200}, on another server than the manifest, which would get the requests and headers meant for "
+                "this one; if it is right, keep a copy of the manifest here and name that"
+            )
         manifest = cls(
             root if stated_root is None else stated_root,
             [shard_from_json(i, shard) for i, shard in enumerate(shards)],
@@ -258,6 +263,12 @@ def _load(path: str | Path) -> tuple[bytes, Path | str]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         cause = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"manifest {path}: {cause}; make one by `mlm-dist prepare` or `index`") from error
+
+
+def _server(url: str) -> tuple[str, str]:
+    """Scheme and host, with port, of a URL."""
+    scheme, _, rest = url.partition("://")
+    return scheme.lower(), re.split(r"[/?]", rest)[0].rpartition("@")[2].lower()
 
 
 def _check_url(root: str) -> None:

@@ -109,7 +109,11 @@ def load_pretrained(name_or_path: str, *, key: str = "data.tokenizer") -> "PreTr
             f"{key}: {name_or_path!r} is not a directory. Give a directory in transformers' format (mlm-dist tokenizer makes one) or a hub name."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else name_or_path,
+            use_fast=True,
+            trust_remote_code=False,  # else transformers asks, at a terminal, whether to run what comes with it
+        )
     except Exception as error:
         raise UserError(
             f"{key}: {name_or_path!r} could not be loaded ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "

@@ -172,7 +172,7 @@ def save(
             tokenizer.save_pretrained(temporary)
             for name, content in (more or {}).items():
                 Path(temporary, name).write_text(content, encoding="utf-8")
-            again = AutoTokenizer.from_pretrained(temporary, local_files_only=True)
+            again = AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False)
             assert again.get_vocab() == tokenizer.get_vocab() and len(again) == len(tokenizer)
             names = sorted(os.listdir(temporary))
             equal, _, _ = filecmp.cmpfiles(temporary, output, names, shallow=False)
