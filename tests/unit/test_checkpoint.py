@@ -9,6 +9,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -598,6 +600,43 @@ def test_what_cannot_be_written_is_told_to_all_and_leaves_the_one_before(
     begin(writers, 3)
     assert settle(writers) is None
     assert newest(tmp_path) == place(tmp_path, 3)
+
+
+FORBIDDEN = """
+import sys
+from pathlib import Path
+import torch
+from mlm_dist.checkpoint import CheckpointConfig, Writer
+
+class Alone:
+    def sum(self, values): return values
+    def gather(self, obj): return [obj]
+    def broadcast(self, obj): return obj
+
+writer = Writer(Path(sys.argv[1]), CheckpointConfig(keep=9), 0, 1, 2)
+whole = {"param/x": torch.ones(3)}
+writer.save(2, whole, {"param/x": 0}, {}, {"step": 2})
+print(writer.settle(Alone(), last=True))
+"""
+
+
+def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
+    """Really so: root does without the capability that lets it write everywhere."""
+    write(tmp_path, 1)
+    root = tmp_path / "checkpoints"
+    root.chmod(0o555)
+    capabilities = "-dac_override,-dac_read_search"
+    drop = ["setpriv", "--bounding-set", capabilities, "--inh-caps", capabilities] if os.geteuid() == 0 else []
+    command = [*drop, sys.executable, "-c", FORBIDDEN, str(tmp_path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except FileNotFoundError:
+        pytest.skip("as root this needs setpriv (util-linux)")
+    finally:
+        root.chmod(0o755)
+    assert "step 2 could not be written (rank 0: [Errno 13] Permission denied" in done.stdout, done.stderr
+    assert [p.name for p in root.iterdir()] == [checkpoint.name(1)]
+    assert newest(tmp_path) == place(tmp_path, 1)
 
 
 def test_where_no_directory_can_be_made(tmp_path: Path) -> None:
