@@ -56,8 +56,8 @@ class Engine:
     """One rank's part of a data-parallel model in training.
 
     The module takes a micro-batch by keyword and returns (sum of losses: fp32 scalar with a graph, correct: int64
-    scalar). step(), evaluate(), gather_*() and restore() are collective: every rank calls them in the same order with
-    as many micro-batches.
+    scalar). step(), evaluate(), gather_*(), snapshot() and restore() are collective: every rank calls them in the same
+    order with as many micro-batches.
     """
 
     def __init__(

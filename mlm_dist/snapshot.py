@@ -58,12 +58,7 @@ class Snapshot:
         operations: list[dist.P2POp] = []
         arrivals: list[tuple[Tensor, Tensor]] = []
         for tag, key in enumerate(batch):
-            owner, spans = self._owners[key], self._spans[key]
-            others = (
-                []
-                if spans[owner] == (0, self._shapes[key].numel())
-                else [r for r in range(len(spans)) if r != owner and spans[r][1]]
-            )
+            owner, others = self._owners[key], self._senders(key)
             if owner == self._rank:
                 values = local(key)
                 self._place(key, owner).copy_(values, non_blocking=self._pinned)
@@ -80,6 +75,13 @@ class Snapshot:
                 work.wait()
         for place, target in arrivals:
             place.copy_(target, non_blocking=True)
+
+    def _senders(self, key: str) -> list[int]:
+        """Ranks that hold something of a tensor that its owner does not."""
+        owner, spans = self._owners[key], self._spans[key]
+        if spans[owner][1] == self._shapes[key].numel():
+            return []
+        return [rank for rank, (_, count) in enumerate(spans) if rank != owner and count]
 
     def _place(self, key: str, rank: int) -> Tensor:
         """Where a rank's part of a tensor of this rank's goes."""
