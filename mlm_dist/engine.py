@@ -33,6 +33,7 @@ from mlm_dist.errors import UserError
 from mlm_dist.loss_scale import LossScaler
 from mlm_dist.micro_batch import MicroBatch, on_device
 from mlm_dist.optim import CLASSES, STATE_KEYS, OptimConfig, build_optimizer, group_meta
+from mlm_dist.snapshot import Snapshot, Span
 from mlm_dist.spikes import SpikeGuard
 
 
@@ -58,8 +59,8 @@ class Engine:
     """One rank's part of a data-parallel model in training.
 
     The module takes a micro-batch by keyword and returns (sum of losses: fp32 scalar with a graph, correct: int64
-    scalar). step(), evaluate(), gather_*() and restore() are collective: every rank calls them in the same order with
-    as many micro-batches.
+    scalar). step(), evaluate(), gather_*(), snapshot() and restore() are collective: every rank calls them in the same
+    order with as many micro-batches.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Engine:
             # Alone there is nothing to reduce, and all gradients would still be copied into a bucket and back.
             self._engine.enable_backward_allreduce = False
         self._state = zero_state(self._engine, self.stage)
+        self._snapshot: Snapshot | None = None
         self._scaler: LossScaler | None = None
         if ds_config.get("torch_autocast", {}).get("dtype") == "float16":
             self._scaler = LossScaler()
@@ -324,6 +326,37 @@ class Engine:
         if not self._state.started():
             return torch.zeros(self._shapes[name])
         return self._whole(name, key)
+
+    def snapshot(self, owners: dict[str, int]) -> dict[str, Tensor]:
+        """Copies on the CPU of the whole fp32 weights (`param/NAME`) and optimizer states (`state/KEY/NAME`) that
+        `owners`, the same at every call, gives to this rank. They are good until the next call. Collective.
+        """
+        tensors: dict[str, tuple[str, str | None]] = {f"param/{n}": (n, None) for n in self._parameters}
+        tensors |= {f"state/{key}/{n}": (n, key) for key in STATE_KEYS for n in self._parameters}
+        if self._snapshot is None:
+            spans = self._spans()
+            self._snapshot = Snapshot(
+                {tensor: self._shapes[name] for tensor, (name, _) in tensors.items()},
+                owners,
+                {tensor: spans[name] for tensor, (name, _) in tensors.items()},
+                pinned=self.device.type == "cuda",
+            )
+        started = self._state.started()
+
+        def local(tensor: str) -> Tensor:
+            name, key = tensors[tensor]
+            _, values = self._state.local(self._parameters[name], key if started else None)
+            return values.float() if started or key is None else torch.zeros_like(values, dtype=torch.float32)
+
+        return self._snapshot.take(local)
+
+    def _spans(self) -> dict[str, list[Span]]:
+        """What each rank holds of each parameter and its states, which are cut alike. Collective."""
+        pieces = ((name, self._state.local(p, None)) for name, p in self._parameters.items())
+        mine = {name: (start, values.numel()) for name, (start, values) in pieces}
+        every: list[dict[str, Span]] = [{}] * self.world_size
+        dist.all_gather_object(every, mine)
+        return {name: [of_rank[name] for of_rank in every] for name in mine}
 
     def optimizer_meta(self) -> dict[str, Any]:
         """What else the optimizer knows, for JSON: its class, the steps applied, its groups by parameter name, the state

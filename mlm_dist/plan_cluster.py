@@ -265,10 +265,7 @@ def costs(model: Model, cluster: Cluster, lanes: int) -> Iterator[Cost]:
     yield Cost("checkpoint: bytes", saved.nbytes, "B", "constant")
     yield Cost("checkpoint: largest part, one rank's", saved.largest, "B", "constant")
     yield Cost(
-        "checkpoint: sent by each rank to gather it (ZeRO 1 and 2; half at 3, none at 0)",
-        _saving(model, ranks),
-        "B",
-        "constant",
+        "checkpoint: sent by all ranks to those that write it, at most (none at ZeRO 0)", saved.nbytes, "B", "constant"
     )
     yield Cost("checkpoint: to write it, while steps go on", saved.nbytes / storage, "s", "constant")
     yield Cost("checkpoint: cursors that rank 0 gathers", ranks * 24 * lanes, "B", "linear")
@@ -304,7 +301,3 @@ def costs(model: Model, cluster: Cluster, lanes: int) -> Iterator[Cost]:
 def _rendezvous(ranks: int) -> float:
     """Bytes that the making of one gloo group moves, as measured for 4 to 96 ranks: each reads each other's address, which holds one for every rank."""
     return 762.0 * ranks**2 + 7.88 * ranks**3
-
-
-def _saving(model: Model, ranks: int) -> float:
-    return Collective("all-reduce", TENSORS * model.parameters, 4, "").sent(ranks)

@@ -637,14 +637,7 @@ class Run:
             f"state/{k}/{n}": s.numel() for k in engine.state_keys() for n, s in shapes.items()
         }
         owners = checkpoint.assign(keys, self.topology.world_size)
-        mine = {}
-        for n in engine.names():
-            for key, tensor in [
-                (f"param/{n}", engine.gather_parameter(n)),
-                *((f"state/{k}/{n}", engine.gather_state(k, n)) for k in engine.state_keys()),
-            ]:
-                if owners[key] == self.topology.rank:
-                    mine[key] = tensor.contiguous()
+        mine = engine.snapshot(owners)
         cursors = self.control.gather(self.cursors)
         trainer: dict[str, Any] = {}
         if cursors is not None:

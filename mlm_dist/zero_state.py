@@ -18,6 +18,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -43,6 +45,10 @@ class ZeroState(ABC):
     @abstractmethod
     def read(self, parameter: torch.nn.Parameter, key: str | None) -> Tensor:
         """A parameter's whole fp32 weight (key None) or optimizer state, on any device; may be the tensor itself."""
+
+    @abstractmethod
+    def local(self, parameter: torch.nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        """What this rank holds of it flattened: first element, values (fp32, on any device). Not collective."""
 
     @abstractmethod
     def write(self, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
@@ -93,6 +99,9 @@ class WholeState(ZeroState):
     def read(self, parameter: torch.nn.Parameter, key: str | None) -> Tensor:
         return parameter.data if key is None else self.base.state[parameter][key]
 
+    def local(self, parameter: torch.nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        return 0, self.read(parameter, key).flatten()
+
     def write(self, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
         self.read(parameter, key).copy_(value)
 
@@ -113,6 +122,14 @@ class FlatState(ZeroState):
             return safe_get_full_fp32_param(parameter)
         self._link()
         return safe_get_full_optimizer_state(parameter, key)
+
+    def local(self, parameter: torch.nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        if key is not None:
+            self._link()
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # it lies in other ranks' parts
+            return 0, next(self.holders()).detach()[:0]
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
 
     def write(self, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
         if key is None:
@@ -142,6 +159,15 @@ class PartitionedState(ZeroState):
 
     def read(self, parameter: torch.nn.Parameter, key: str | None) -> Tensor:
         return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+
+    def local(self, parameter: torch.nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        if key is None:
+            part = safe_get_local_fp32_param(parameter)
+        else:
+            part = safe_get_local_optimizer_state(parameter, key)
+        whole: int = parameter.ds_numel  # type: ignore[attr-defined]
+        start = min(whole, dist.get_rank() * part.numel())
+        return start, part[: whole - start]
 
     def write(self, parameter: torch.nn.Parameter, key: str | None, value: Tensor) -> None:
         # DeepSpeed's setters of whole values fail where a part is padded, those of a rank's own part do not.

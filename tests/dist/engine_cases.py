@@ -181,7 +181,17 @@ def gather_all(engine: Engine) -> Saved:
     tensors = {f"param/{name}": engine.gather_parameter(name) for name in engine.names()}
     for key in engine.state_keys():
         tensors |= {f"state/{key}/{name}": engine.gather_state(key, name) for name in engine.names()}
+    mine = engine.snapshot(dealt(engine))
+    assert mine.keys() == {key for key, rank in dealt(engine).items() if rank == distributed.Topology.from_env().rank}
+    assert all(torch.equal(mine[key], tensors[key]) for key in mine), "a snapshot differs from what was gathered"
     return {"tensors": tensors, "meta": engine.optimizer_meta()}
+
+
+def dealt(engine: Engine) -> dict[str, int]:
+    """Owners for a snapshot: each rank in turn."""
+    names, keys = engine.names(), engine.state_keys()
+    tensors = [f"param/{name}" for name in names] + [f"state/{key}/{name}" for key in keys for name in names]
+    return {tensor: number % engine.world_size for number, tensor in enumerate(tensors)}
 
 
 def restore_all(engine: Engine, saved: Saved) -> None:

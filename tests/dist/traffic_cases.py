@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mlm_dist import distributed
 from tests.dist.engine_cases import (
     Template,
+    dealt,
     gather_all,
     learning_rate,
     make_engine,
@@ -55,11 +56,21 @@ def counted() -> Iterator[Counter[Key]]:
 
         return call
 
+    send = dist.batch_isend_irecv
+
+    def counting_sends(operations: list[dist.P2POp]) -> Any:
+        for operation in operations:
+            if operation.op is dist.isend:
+                seen["send", str(operation.tensor.dtype).removeprefix("torch.")] += operation.tensor.numel()
+        return send(operations)
+
     for name in plain:
         setattr(dist, name, counting(name))
+    dist.batch_isend_irecv = counting_sends
     try:
         yield seen
     finally:
+        dist.batch_isend_irecv = send
         for name, function in plain.items():
             setattr(dist, name, function)
 
@@ -83,8 +94,9 @@ def run(cases: list[dict[str, Any]]) -> list[dict[str, dict[Key, int]]]:
                     batches, selected_total=selected_total(step), lr=learning_rate(step), seeds=[0] * len(batches)
                 )
             result = {"step": dict(seen)}
-            seen.clear()
             saved = gather_all(engine)
+            seen.clear()
+            engine.snapshot(dealt(engine))
             result["save"] = dict(seen)
             seen.clear()
             restore_all(engine, saved)

@@ -1,6 +1,7 @@
 """A run on two ranks whose checkpoints cannot be written: it goes on while it may, loses nothing, and says the same on every rank."""
 
 import json
+import math
 import resource
 import signal
 import subprocess
@@ -35,6 +36,11 @@ def wait_for(program: Program, what: str, check: Any, timeout: float = 60.0) -> 
 def newest_step(run: Path) -> int:
     found = checkpoint.committed(run)
     return int(found[-1].name.removeprefix("step_")) if found else 0
+
+
+def loss_of(path: Path) -> float:
+    loss = checkpoint.validation_loss(checkpoint.Reader(path))
+    return math.inf if loss is None else loss
 
 
 def stop(program: Program) -> list[int]:
@@ -79,6 +85,12 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(tmp_
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [m["step"] for m in metrics if m["kind"] == "train"] == list(range(1, done["step"] + 1))
         assert not list(run.glob("checkpoints/.tmp_*"))
+        # A checkpoint knows the validation at its step, by which the best is kept.
+        measured = {m["step"]: m["loss"] for m in metrics if m["kind"] == "val"}
+        known = [v for p in checkpoint.committed(run) if (v := checkpoint.Reader(p).trainer["validation"])]
+        assert known and all(measured[v["step"]] == v["loss"] for v in known)
+        best = checkpoint.best(run)
+        assert best is not None and best == min(checkpoint.committed(run), key=loss_of)
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_reason(tmp_path: Path, config: Path) -> None:

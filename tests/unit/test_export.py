@@ -53,7 +53,7 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{n}_token": t for n, t in names.items()})
 
 
-def write_checkpoint(run_dir: Path, model: Any, step: int, world_size: int = 2) -> Path:
+def write_checkpoint(run_dir: Path, model: Any, step: int, world_size: int = 2, **trainer: Any) -> Path:
     """By the writer that training uses, one thread a rank."""
     parameters = {f"param/{n}": p.detach().clone() for n, p in model.named_parameters()}
     owner = checkpoint.assign({k: t.numel() for k, t in parameters.items()}, world_size)
@@ -63,7 +63,7 @@ def write_checkpoint(run_dir: Path, model: Any, step: int, world_size: int = 2) 
     ]
     for rank, writer in enumerate(writers):
         own = {k: t for k, t in parameters.items() if owner[k] == rank}
-        writer.save(step, own, owner, {"class": "AdamW"}, {"step": step, "tokens": 1000 * step})
+        writer.save(step, own, owner, {"class": "AdamW"}, {"step": step, "tokens": 1000 * step, **trainer})
     waits = [threading.Thread(target=w.wait) for w in writers]
     for thread in waits:
         thread.start()
@@ -126,6 +126,16 @@ def test_a_step_or_one_checkpoint_can_be_chosen(run_dir: Path, tmp_path: Path) -
     for directory in (by_step, by_path):
         assert same_bits(AutoModelForMaskedLM.from_pretrained(directory), make_model(1))
     assert json.loads((by_step / "mlm_dist_export.json").read_text())["step"] == 10
+
+
+def test_the_best_is_the_one_with_the_lowest_validation_loss(run_dir: Path) -> None:
+    with pytest.raises(UserError, match="no whole checkpoint with a validation loss"):
+        find(run_dir, best=True)
+    write_checkpoint(run_dir, make_model(3), 30, validation={"step": 30, "loss": 2.5})
+    write_checkpoint(run_dir, make_model(4), 40, validation={"step": 35, "loss": 2.75})
+    assert json.loads((export(run_dir, best=True) / "mlm_dist_export.json").read_text())["step"] == 30
+    with pytest.raises(UserError, match="is one checkpoint already"):
+        find(run_dir / "checkpoints" / "step_00000030", best=True)
 
 
 def test_of_damaged_checkpoints_the_one_before_is_taken(run_dir: Path) -> None:
