@@ -27,7 +27,7 @@ class Entry:
         size: bytes of all its files.
         time: seconds since the epoch when it was taken.
         ranks: how many ranks wrote it.
-        validation_loss: of the same step, in nats per masked token; None where none was measured then.
+        validation_loss: in nats per masked token, the one that retention goes by, or of the same step; None where none was measured.
         problem: why no run would go on from it; None where every file is there in its size. Bytes are not read.
     """
 
@@ -92,6 +92,7 @@ def entry(path: Path, validation: dict[int, float]) -> Entry:
     """
     files = [file for file in path.iterdir() if file.is_file()]
     trainer = read_json(path / "trainer.json") or {}
+    measured = trainer.get("validation")  # the one that counts for it, as retention sees it
     match = _STEP.fullmatch(path.resolve().name)
     step = int(match[1]) if match else int((read_json(path / "index.json") or {}).get("step", 0))
     parts = [m[1] for file in files if (m := re.fullmatch(r"part-\d+-of-(\d+)\.safetensors", file.name))]
@@ -103,7 +104,7 @@ def entry(path: Path, validation: dict[int, float]) -> Entry:
         time=trainer.get("time"),
         attempt=trainer.get("attempt"),
         ranks=int(parts[0]) if parts else None,
-        validation_loss=validation.get(step),
+        validation_loss=measured.get("loss") if isinstance(measured, dict) else validation.get(step),
         problem=next(damages(path, read=False), None),
     )
 

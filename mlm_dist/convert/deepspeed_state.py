@@ -30,7 +30,7 @@ class State:
     Attributes:
         step: optimizer steps of the training, skipped ones among them.
         adam_step: steps that the optimizer has applied.
-        tensors: by parameter name: `param`, `exp_avg`, `exp_avg_sq`, each given when called, fp32 and whole.
+        readers: by parameter name and then by `param`, `exp_avg` or `exp_avg_sq`: gives the tensor, fp32 and whole.
         shapes: whole shape by parameter name.
         groups: names, weight_decay, betas and eps of each parameter group.
         aliases: names of tied parameters and what they are tied to.
@@ -40,10 +40,22 @@ class State:
     ranks: int
     step: int
     adam_step: int
-    tensors: dict[str, dict[str, Callable[[], torch.Tensor]]]
+    readers: dict[str, dict[str, Callable[[], torch.Tensor]]]
     shapes: dict[str, tuple[int, ...]]
     groups: list[dict[str, Any]]
     aliases: dict[str, str] = field(default_factory=dict)
+
+    def tensor(self, key: str, name: str) -> torch.Tensor:
+        """The weight (key `param`) or moment of a parameter, fp32, of its whole shape. Raises UserError where the files do not hold it."""
+        try:
+            tensor = self.readers[name][key]().contiguous()
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f"the checkpoint does not hold the whole {key} of {name} ({error})") from error
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise UserError(
+                f"the checkpoint's {key} of {name} is {tuple(tensor.shape)}, its weight {self.shapes[name]}"
+            )
+        return tensor
 
 
 def read(files: Files) -> State:
@@ -228,7 +240,7 @@ def _state(
         ranks=ranks,
         step=int(model["global_steps"]),
         adam_step=int(max(counts, default=0)),
-        tensors={n: {key: by_key(n, key) for key in ("param", *STATE_KEYS)} for g in names for n in g},
+        readers={n: {key: by_key(n, key) for key in ("param", *STATE_KEYS)} for g in names for n in g},
         shapes=shapes,
         groups=[
             {"names": group_names, **{key: group[key] for key in HYPER if key in group}}

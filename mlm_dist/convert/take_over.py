@@ -87,25 +87,23 @@ def take_over(
         The new checkpoint, and what the user should know.
 
     Raises:
-        UserError: the checkpoint cannot be read or is of another model than the config's, or the run directory is not empty.
+        UserError: the checkpoint cannot be read or is of another model than the config's, or the run directory is a run's already.
     """
     run_dir = config.run.path()
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(f"run.dir: {run_dir} exists and is not empty; give a new --run.name or --run.dir")
+    if any(run_dir.glob("checkpoints/step_*")) or (run_dir / "metrics.jsonl").exists():
+        raise UserError(f"run.dir: {run_dir} is a run already; give a new --run.name or --run.dir")
     if CLASSES[config.optim.name] != "AdamW":
         raise UserError(f"optim.name: {config.optim.name} cannot go on from Adam's moments; set it to adamw")
     inputs = Inputs(config, world_size=1)
     state = deepspeed_state.read(deepspeed_files.load(deepspeed_files.find(source, tag), trust_pickle))
     model = _skeleton(inputs)
-    aliases = dict(state.aliases)
-    theirs = {name: shape for name, shape in state.shapes.items() if name not in aliases}
+    theirs = {name: shape for name, shape in state.shapes.items() if name not in state.aliases}
     names = match_names(theirs, {name: tuple(p.shape) for name, p in model.named_parameters()})
     tensors = {}
     for name, their in names.items():
-        found = state.tensors[their]
-        tensors[f"param/{name}"] = found["param"]().contiguous()
+        tensors[f"param/{name}"] = state.tensor("param", their)
         for key in STATE_KEYS:
-            tensors[f"state/{key}/{name}"] = found[key]().contiguous()
+            tensors[f"state/{key}/{name}"] = state.tensor(key, their)
     groups = group_meta(model, config.optim)
     optimizer = {"class": "AdamW", "step": state.adam_step, "groups": groups, "scaler": None}
     at = state.step if step is None else step

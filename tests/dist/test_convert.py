@@ -201,5 +201,9 @@ def test_what_a_file_says_is_not_executed(
     assert main(words) == 2 and not mark.exists()
     torch.save({**content, "client": Executed(mark)}, target)
     mark.unlink(missing_ok=True)  # which saving it did not make
-    assert main([*words, "--trust-pickle"]) == 0
+    assert main([*words, "--trust-pickle", "--step", "2"]) == 0
     assert mark.exists()
+    found = checkpoint.newest(tmp_path / "runs" / "run")
+    assert found is not None and (checkpoint.Reader(found).step, checkpoint.Reader(found).optimizer["step"]) == (2, 4)
+    assert main([*words, "--trust-pickle"]) == 2
+    assert "is a run already" in capsys.readouterr().err
