@@ -52,6 +52,7 @@ from mlm_dist.model.head import MaskedLM
 from mlm_dist.opening import opening_lines
 from mlm_dist.plan_job import Job
 from mlm_dist.schedule import lr_factor
+from mlm_dist.stragglers import StragglerWatch
 from mlm_dist.tracking import Tracker
 from mlm_dist.watchdog import Watchdog, collective_timeout
 
@@ -332,6 +333,7 @@ class Run:
             return self._end("finished")
         restart_peak_memory(self.topology.device)
         meter = self._meter()
+        self.stragglers = StragglerWatch(self.control, meter.so_far, self._say_straggler)
         batches = self.stream.batches(self.step, self.cursors, self.lost)
         with Feeder(batches, self.stream.collate, self.topology.device) as feeder, timed_collectives(self.clock):
             outcome, unlogged = self._steps(feeder, meter)
@@ -369,8 +371,8 @@ class Run:
                 int(self.flag.requeue),
                 len(batch.faults),
             ]
-            pending = self.control.start(mine)
             with self.clock.phase(COMMUNICATION):  # slower ranks are waited for here
+                pending = self.control.start(mine)
                 selected, tokens, attended, batch_bytes, live, stop, requeue, faults = pending.wait()
             if faults:
                 self._record_faults(batch)
@@ -393,6 +395,8 @@ class Run:
             self.position.step, self.position.settled = self.step, True
             self.cursors = batch.cursors
             meter.count(tokens, attended, selected)
+            with self.clock.phase(COMMUNICATION):
+                self.stragglers.step()
             if result is None:
                 self._record_skip("no token was selected")
             elif result.skipped:
@@ -456,6 +460,11 @@ class Run:
             self.tracker.event({"kind": "skipped_step", "step": self.step, "why": why})
             self.console.say(f"step {self.step} skipped: {why}")
 
+    def _say_straggler(self, line: str, event: dict[str, Any]) -> None:
+        assert self.tracker is not None
+        self.tracker.event({"step": self.step, **event})
+        self.console.say(line)
+
     def _log(self, result: Any, selected: int, lr: float, meter: Meter) -> None:
         mine = (0.0, 0) if result is None else (float(result.loss_sum), int(result.correct))
         parts = self.control.gather(mine)
@@ -475,6 +484,7 @@ class Run:
             "grad_norm": None if result is None else float(result.grad_norm),
             "tokens": self.tokens,
             **speed,
+            **self.stragglers.slowest,
             "epoch": epoch,
             "progress": progress,
             "memory_gib": peak_memory_gib(self.topology.device),
