@@ -71,6 +71,8 @@ class StepClock:
         self._since: Any = None
         self._paused = False
         self._spans: list[tuple[str, Any, Any]] = []
+        self._totals: dict[str, float] = defaultdict(float)
+        self._read: dict[str, float] = {}  # the totals at the last read
         self._pool: list[torch.cuda.Event] = []
 
     @contextmanager
@@ -121,13 +123,24 @@ class StepClock:
         assert not self._open
         if self._cuda:
             torch.cuda.synchronize(self._device)
-        out: dict[str, float] = defaultdict(float)
-        for name, begun, ended in self._spans:
-            out[name] += begun.elapsed_time(ended) / 1e3 if self._cuda else ended - begun
+        before, self._read = self._read, self.so_far()
+        self._since = None
+        changed = {name: total - before.get(name, 0.0) for name, total in self._read.items()}
+        return {name: seconds for name, seconds in changed.items() if seconds}
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by phase since the beginning, of what the device has done by now; waits for nothing."""
+        left = []
+        for span in self._spans:
+            name, begun, ended = span
+            if self._cuda and not ended.query():
+                left.append(span)
+                continue
+            self._totals[name] += begun.elapsed_time(ended) / 1e3 if self._cuda else ended - begun
             if self._cuda:
                 self._pool += [begun, ended]
-        self._spans, self._since = [], None
-        return dict(out)
+        self._spans = left
+        return dict(self._totals)
 
     def _end_span(self) -> None:
         # An event ends one span and another begins the next: each goes back to the pool once.

@@ -11,8 +11,9 @@ import logging
 import os
 import resource
 import socket
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -222,6 +223,33 @@ class ControlGroup:
         with self._waiting():
             dist.gather_object(obj, parts, dst=0, group=self._group)
         return parts
+
+    def ask(self, values: Sequence[float]) -> tuple[list[list[float]], list[float]] | None:
+        """Rank 0 sends each rank an empty question and gets its `values` (equally many on each) as the answer.
+
+        Returns:
+            On rank 0 every rank's values, and the seconds from the question to the answer by rank 0's clock (0 for itself); where
+            all ranks wait for the question already, that is what their messages take. None on the others.
+        """
+        mine, question = torch.tensor([*values, 0.0], dtype=torch.float64), torch.zeros(1)
+        with self._waiting():
+            if self.rank:
+                dist.recv(question, 0, group=self._group)
+                dist.send(mine, 0, group=self._group)
+                return None
+            answers, seconds = [list(values)] * self.world_size, [0.0] * self.world_size
+            asked: dict[int, float] = {}
+            works: list[Any] = []
+            for rank in range(1, self.world_size):
+                asked[rank] = time.perf_counter()
+                works.append(dist.isend(question, rank, group=self._group))
+            for _ in range(1, self.world_size):
+                answer = torch.empty_like(mine)
+                rank = dist.recv(answer, group=self._group)  # whichever comes first
+                answers[rank], seconds[rank] = answer[:-1].tolist(), time.perf_counter() - asked[rank]
+            for work in works:
+                work.wait()
+        return answers, seconds
 
     def broadcast(self, obj: Any) -> Any:
         """Rank 0's (picklable) `obj` on every rank; what the others pass is not looked at."""

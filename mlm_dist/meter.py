@@ -24,8 +24,8 @@ class Meter:
         self, clock: StepClock, flops: Callable[[int, int, int], float], *, world_size: int, peak: float | None
     ):
         self._clock, self._flops, self._world_size, self._peak = clock, flops, world_size, peak
-        self._since = time.perf_counter()
-        self._wait = 0.0
+        self._since = self._begun = time.perf_counter()
+        self._wait = self._waited = 0.0  # since the last read, since the beginning
         self._counts = [0, 0, 0, 0]  # steps, tokens, attended pairs, selected tokens
 
     @contextlib.contextmanager
@@ -34,7 +34,8 @@ class Meter:
         begun = time.perf_counter()
         with self._clock.position.within("data"):
             yield
-        self._wait += time.perf_counter() - begun
+        waited = time.perf_counter() - begun
+        self._wait, self._waited = self._wait + waited, self._waited + waited
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -42,12 +43,17 @@ class Meter:
         begun = time.perf_counter()
         with self._clock.paused():
             yield
-        self._since += time.perf_counter() - begun
+        paused = time.perf_counter() - begun
+        self._since, self._begun = self._since + paused, self._begun + paused
 
     def count(self, tokens: int, attended: int, selected: int) -> None:
         """A step was taken, over all ranks on so many tokens without padding, (query, key) pairs of them, and predicted tokens."""
         for i, n in enumerate((1, tokens, attended, selected)):
             self._counts[i] += n
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds since the beginning: by phase (see ``StepClock.so_far``), "data", and "span", the whole without pauses. Waits for nothing."""
+        return {**self._clock.so_far(), "data": self._waited, "span": time.perf_counter() - self._begun}
 
     def read(self) -> dict[str, float]:
         """What happened since the last call; waits for the device once.

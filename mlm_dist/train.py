@@ -55,6 +55,7 @@ from mlm_dist.redact import redact
 from mlm_dist.rollback import verdict
 from mlm_dist.schedule import lr_factor
 from mlm_dist.spikes import SpikeGuard
+from mlm_dist.stragglers import StragglerWatch
 from mlm_dist.tracking import Tracker
 from mlm_dist.watchdog import Watchdog, collective_timeout
 
@@ -377,6 +378,7 @@ class Run:
             return self._end("finished")
         restart_peak_memory(self.topology.device)
         meter = self._meter()
+        self.stragglers = StragglerWatch(self.control, meter.so_far, self._say_straggler)
         outcome = "diverged"
         while outcome == "diverged":
             batches = self.stream.batches(self.step, self.cursors, self.lost)
@@ -422,8 +424,8 @@ class Run:
                 len(batch.faults) + len(batch.restarts),
                 int(self.writer.failed),
             ]
-            pending = self.control.start(mine)
             with self.clock.phase(COMMUNICATION):  # slower ranks are waited for here
+                pending = self.control.start(mine)
                 selected, tokens, attended, batch_bytes, live, stop, requeue, faults, unwritten = pending.wait()
             if unwritten:
                 with self.position.within("checkpoint"):
@@ -452,6 +454,8 @@ class Run:
             self.position.step, self.position.settled = self.step, True
             self.cursors = batch.cursors
             meter.count(tokens, attended, selected)
+            with self.clock.phase(COMMUNICATION):
+                self.stragglers.step()
             if bad:
                 assert result is not None
                 self._record_bad(batch, result)
@@ -567,6 +571,11 @@ class Run:
         else:
             self._go_on_from(checkpoint.Reader(plan.to))
 
+    def _say_straggler(self, line: str, event: dict[str, Any]) -> None:
+        assert self.tracker is not None
+        self.tracker.event({"step": self.step, **event})
+        self.console.say(line)
+
     def _log(self, result: Any, selected: int, lr: float, meter: Meter) -> None:
         mine = (0.0, 0) if result is None else (float(result.loss_sum), int(result.correct))
         parts = self.control.gather(mine)
@@ -587,6 +596,7 @@ class Run:
             "grad_norm": None if result is None else float(result.grad_norm),
             "tokens": self.tokens,
             **speed,
+            **self.stragglers.slowest,
             "epoch": epoch,
             "progress": progress,
             "memory_gib": peak_memory_gib(self.topology.device),

@@ -31,7 +31,10 @@ _MODES: dict[str, Mode] = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
-_PERF = ("tokens_per_s", "data_wait", "step_time", "tflops", "mfu", "memory_gib", "world_size", "attempt")
+_PERF = (
+    *("tokens_per_s", "data_wait", "step_time", "tflops", "mfu", "memory_gib"),
+    *("slowest_rank", "slowest_host", "slowest_excess", "world_size", "attempt"),
+)
 _INIT_TIMEOUT = 30.0  # seconds; wandb's own is 90, too long to wait on a node without a network
 _FLUSH_INTERVAL = 1.0  # seconds between writes of the offline file
 _QUEUE_ROWS = 100_000

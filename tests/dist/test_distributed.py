@@ -30,6 +30,7 @@ def deciding() -> dict[str, Any]:
         "gather": control.gather({"rank": topology.rank}),
         "broadcast": control.broadcast(f"from {topology.rank}"),
         "pending": [one.wait() for one in pending],
+        "ask": [control.ask(values) for values in ([float(topology.rank), 0.5], [])],
     }
     control.barrier()
     distributed.shutdown()
@@ -75,7 +76,10 @@ def test_ranks_agree_exactly() -> None:
         assert result["broadcast"] == "from 0"
         assert result["pending"] == [[3, 3 * HUGE, -3], [30, 3 * HUGE, -3]]
     assert results[0]["gather"] == [{"rank": rank} for rank in range(3)]
-    assert results[1]["gather"] is None
+    (answers, seconds), (empty, _) = results[0]["ask"]
+    assert answers == [[float(rank), 0.5] for rank in range(3)] and empty == [[], [], []]
+    assert seconds[0] == 0.0 and min(seconds[1:]) > 0.0
+    assert results[1]["gather"] is None and results[1]["ask"] == [None, None]
 
 
 def test_the_harness_shows_a_rank_that_fails_and_does_not_wait_for_the_others() -> None:
