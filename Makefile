@@ -15,7 +15,7 @@ SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./bui
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test cpu-adam resize-matrix cluster-tools lint check format fuzz chaos clean
+.PHONY: help setup demo smoke test cpu-adam resize-matrix cluster-tools lint audit check format fuzz chaos clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -68,7 +68,10 @@ lint: $(STAMP) ## formatting, lint, types, shell scripts
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
 
-check: lint test ## everything that must pass before a commit
+audit: $(STAMP) ## known vulnerabilities in the pinned packages: reported, never a failure; needs the network
+	@$(BIN)/python -m tests.audit
+
+check: lint test audit ## everything that must pass before a commit
 
 fuzz: $(STAMP) ## 100,000 damaged archives and manifests: only clean errors, in bounded memory
 	$(BIN)/python -m tests.fuzz --count 100000

@@ -76,9 +76,13 @@ class WorkerPool:
             return
         if self._executor is None:
             # spawn, since a fork would copy whatever threads hold here (the progress bar has one).
-            self._executor = ProcessPoolExecutor(
-                self._workers, multiprocessing.get_context("spawn"), initializer=_start_worker
-            )
+            context = multiprocessing.get_context("spawn")
+            try:
+                self._executor = ProcessPoolExecutor(self._workers, context, initializer=_start_worker)
+            except OSError as error:  # where their locks are
+                raise UserError(
+                    f"--workers {self._workers}: no room for what worker processes share ({error.strerror}): free some of /dev/shm, or give --workers 1"
+                ) from error
         futures: dict[Future[Result], int] = {self._executor.submit(function, task): i for i, task in enumerate(tasks)}
         try:
             for future in as_completed(futures):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,11 @@ from tests.ranks import ROOT
 
 IDENTITY = {"run.seed": 0, "data.lanes": None, "mask.split": [0.8, 0.1, 0.1], "data.manifest": "aa"}
 GUARDED = {"train.steps": 10, "optim.lr": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def _short_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "LOOK_S", 0.3)
 
 
 @pytest.fixture
@@ -133,6 +139,50 @@ def test_a_lock_of_another_host_lives_by_its_heartbeat(run: RunDir) -> None:
     os.utime(run.path / "lock", (old, old))
     acquire(run)
     assert (run.attempt, (run.died or {})["host"]) == (5, "elsewhere")
+
+
+def test_a_clock_that_was_set_makes_no_living_attempt_dead(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An age of hours may be the clock's doing: the next heartbeat tells."""
+    monkeypatch.setattr(lifecycle, "LOOK_S", 2.0)
+    killed_start(run)
+    edit_lock(run, host="elsewhere", attempt=4)
+    os.utime(run.path / "lock", (0, 0))
+    beat = threading.Timer(0.3, os.utime, [run.path / "lock"])
+    beat.start()
+    with pytest.raises(UserError, match=r"attempt 4 .* on elsewhere"):
+        acquire(run)
+    beat.join()
+
+
+def test_a_clock_that_was_set_keeps_no_dead_attempt_alive(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_start(run)
+    edit_lock(run, host="elsewhere", attempt=4)
+    tomorrow = time.time() + 86400
+    os.utime(run.path / "lock", (tomorrow, tomorrow))
+    acquire(run)
+    assert run.attempt == 5
+
+
+@pytest.mark.parametrize("skew", [-86400.0, 86400.0])
+def test_the_clock_of_this_host_has_no_say(run: RunDir, monkeypatch: pytest.MonkeyPatch, skew: float) -> None:
+    killed_start(run)
+    edit_lock(run, host="elsewhere", attempt=4)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + skew)
+    with pytest.raises(UserError, match=r"attempt 4 .* on elsewhere"):
+        acquire(run)
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_directory_that_is_gone_is_seen(run: RunDir, how: str) -> None:
+    run.prepare()
+    assert not run.is_gone()
+    run.path.rename(run.path.with_name("elsewhere"))
+    if how == "removed":
+        shutil.rmtree(run.path.with_name("elsewhere"))
+    if how == "replaced":
+        RunDir(run.path).prepare()
+    assert run.is_gone()
 
 
 def test_heartbeat_keeps_a_lock_fresh(run: RunDir) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -300,6 +302,55 @@ def test_an_unreachable_server_means_offline_and_one_warning(tmp_path: Path, mon
     assert (
         len(done.stderr.splitlines()) == 1 and "cannot be reached" in done.stderr
     )  # our warning, and no word of wandb
+
+
+class _Wandb(http.server.BaseHTTPRequestHandler):
+    """A W&B server that is no help."""
+
+    kind = ""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.kind == "hangs":
+            time.sleep(60)
+        self.send_response({"500": 500, "wrong key": 401}.get(self.kind, 503))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["500", "hangs", "wrong key"])
+def test_a_server_that_fails_hangs_or_refuses_means_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Wandb,), {"kind": kind}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    body = f"""
+        from mlm_dist import wandb_mirror
+        wandb_mirror._INIT_TIMEOUT = 3.0
+        t = Tracker({str(tmp_path)!r}, TrackConfig(), {{}}, attempt=1)
+        for step in range(50):
+            t.log(train(step))
+        t.finish(0)
+    """
+    try:
+        done = attempt_in_process(tmp_path, body)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 50
+    assert [r["global_step"] for r in wandb_rows(tmp_path)] == list(range(50))  # all that a later `wandb sync` sends
+    (event,) = events(tmp_path)
+    assert event["kind"] == "wandb" and "cannot be reached" in event["message"]
+    assert KEY not in (tmp_path / "events.jsonl").read_text() + done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
