@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,13 @@ def fill(place: Path, leave: int = 0) -> Path:
     if leave:
         os.truncate(ballast, ballast.stat().st_size - leave)
     return ballast
+
+
+def remount(place: Path, how: str) -> None:
+    """Make a bind mount ``ro`` or ``rw``; it is not made read-only while a file is being written, so until it is."""
+    deadline = time.monotonic() + 30
+    while (
+        done := subprocess.run(["mount", "-o", f"remount,{how},bind", str(place)], capture_output=True, text=True)
+    ).returncode:
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.01)

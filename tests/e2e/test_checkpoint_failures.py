@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from mlm_dist import checkpoint
 from mlm_dist.files import read_json, read_json_lines
-from tests.disks import fill, mounted
+from tests.disks import fill, mounted, remount
 from tests.e2e.program import Program, save_config
 
 pytestmark = pytest.mark.timeout(300)
@@ -138,14 +137,14 @@ def test_one_rank_that_cannot_write_and_a_directory_that_turns_read_only(tmp_pat
             assert newest_step(run) < before
             resource.prlimit(program.ranks[1].pid, resource.RLIMIT_FSIZE, unlimited)
             wait_for(program, "checkpoint", lambda: newest_step(run) > before)
-            subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
+            remount(place, "ro")
             failed = wait_for(
                 program,
                 "failure",
                 lambda: [e for e in events(run, "checkpoint_failed") if "Read-only file system" in e["reason"]],
             )
             assert "mounted read-only" in failed[0]["remedy"]
-            subprocess.run(["mount", "-o", "remount,rw,bind", str(place)], check=True)
+            remount(place, "rw")
             wait_for(program, "checkpoint", lambda: newest_step(run) > failed[0]["step"])
             assert stop(program) == [75, 75], program.output()
         finally:
