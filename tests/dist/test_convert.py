@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from mlm_dist import checkpoint
+from mlm_dist.branch import Base
 from mlm_dist.cli import main
 from mlm_dist.config import load
 from mlm_dist.inputs import Inputs
+from mlm_dist.model import from_run
 from tests.dist.deepspeed_script import KEYS, save_batches
 from tests.e2e.program import Program, losses, save_config
 from tests.forked import run_forked
@@ -71,7 +74,7 @@ def data(config: Path) -> str:
 
 @pytest.fixture(scope="module")
 def script(config: Path, data: str) -> dict[tuple[int, str, bool], dict[str, Any]]:
-    """What the script did on 2 ranks by case, with a checkpoint of each in the folder of its name."""
+    """What the script did on 3 ranks, which cut no parameter evenly, by case, with a checkpoint of each in the folder of its name."""
     jobs = [
         {
             "data": data,
@@ -83,7 +86,7 @@ def script(config: Path, data: str) -> dict[tuple[int, str, bool], dict[str, Any
         }
         for case in SAVED
     ]
-    (ranks,) = run_forked(SCRIPT, [(2, {"jobs": jobs})], timeout=380)
+    (ranks,) = run_forked(SCRIPT, [(3, {"jobs": jobs})], timeout=380)
     return dict(zip(SAVED, ranks[0], strict=True))
 
 
@@ -134,18 +137,38 @@ def test_the_program_goes_on_as_the_script_and_the_script_as_the_program(
     back = 2 * BEFORE
     source, dest = run / "checkpoints" / checkpoint.name(back), config.parent / "universal"
     assert main(["checkpoint", "convert", str(source), str(dest), "--to", "deepspeed"]) == 0
-    jobs = [{"data": data, "stage": stage, "load": str(dest), "steps": list(range(back, STEPS))} for stage in (1, 2, 3)]
-    (ranks,) = run_forked(SCRIPT, [(3, {"jobs": jobs})], timeout=300)
+    wrapped = str(config.parent / "universal-wrapped")
+    assert main(["checkpoint", "convert", str(source), wrapped, "--to", "deepspeed", "--prefix", "inner."]) == 0
+    jobs: list[dict[str, Any]] = [{"stage": 1, "load": str(dest)}, {"stage": 2, "load": wrapped, "wrap": True}]
+    jobs = [{"data": data, "steps": list(range(back, STEPS)), **job} for job in [*jobs, {"stage": 3, "load": str(dest)}]]
+    (ranks,) = run_forked(SCRIPT, [(2, {"jobs": jobs})], timeout=300)
     reader = checkpoint.Reader(source)
     for stage, result in zip((1, 2, 3), ranks[0], strict=True):
-        state = result["state"]
-        assert set(state.pop("step")) == {back}
+        assert set(result["state"].pop("step")) == {back}
+        state = {n.removeprefix("inner."): values for n, values in result["state"].items()}
         assert sorted(state) == reader.names()
         for n, values in state.items():
             held = [reader.parameter(n), *(reader.state(key, n) for key in KEYS)]
             assert all(torch.equal(a, b.view(a.shape)) for a, b in zip(held, values, strict=True)), (stage, n)
         got = [ours[step + 1] for step in range(back, STEPS)]
         assert result["losses"] == pytest.approx(got, abs=1e-5, rel=0), stage
+
+
+def test_other_runs_branch_off_and_take_the_weights(
+    config: Path, script: dict[tuple[int, str, bool], dict[str, Any]], tmp_path: Path
+) -> None:
+    case = (3, "fp32", False)
+    reader = convert(config, case, "--run.dir", str(tmp_path))
+    run = str(tmp_path / name(case))
+    branched = load(["--config", str(config), "--run.branch_from", run]).config
+    inputs = Inputs(branched, 1)
+    base = Base(run, print)
+    base.check_identity(
+        json.loads(json.dumps(branched.identity(inputs.fingerprints(), inputs.tokenizer.fingerprint)))
+    )
+    base.check_rate(BEFORE / STEPS, branched.optim.lr, branched.optim, [])
+    model = from_run.load(run, inputs.bert_config)
+    assert all(torch.equal(value, reader.parameter(n)) for n, value in model.named_parameters())
 
 
 def test_refused_with_what_is_wrong(
@@ -185,22 +208,29 @@ def test_what_a_file_says_is_not_executed(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
     folder = tmp_path / "global_step4"
     folder.mkdir()
     for path in (config.parent / name(CONTINUED) / "global_step4").glob("*.pt"):
         (folder / path.name).write_bytes(path.read_bytes())
     target, mark = folder / "mp_rank_00_model_states.pt", tmp_path / "executed"
     content = torch.load(target)
-    torch.save({**content, "client": Executed(mark)}, target)
+    # What a script in fp16 saves, which no CPU trains.
+    optim = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    scaled = torch.load(optim, weights_only=False)
+    scaled["optimizer_state_dict"]["loss_scaler"] = DynamicLossScaler(2.0**16, 1000, 1, 1, False)
+    torch.save(scaled, optim)
     words = ["checkpoint", "convert", str(folder), "--from", "deepspeed", "--config", str(config)]
+    assert main([*words, "--run.dir", str(tmp_path / "scaled")]) == 0
     words += ["--run.dir", str(tmp_path / "runs")]
+    torch.save({**content, "client": Executed(mark)}, target)
     assert main(words) == 2
     assert "--trust-pickle" in capsys.readouterr().err
     assert not mark.exists()
     target.write_bytes(pickle.dumps(Executed(mark)))
     assert main(words) == 2 and not mark.exists()
     torch.save({**content, "client": Executed(mark)}, target)
-    mark.unlink(missing_ok=True)  # which saving it did not make
     assert main([*words, "--trust-pickle", "--step", "2"]) == 0
     assert mark.exists()
     found = checkpoint.newest(tmp_path / "runs" / "run")
