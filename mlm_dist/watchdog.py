@@ -180,8 +180,12 @@ class Watchdog:
         self._done.set()
         self._wake.set()
         self._threads[1].join()
-        faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
+        self._drop_stacks()
+
+    def _drop_stacks(self) -> None:
+        """Take away the file for stacks, unless there are some."""
+        faulthandler.cancel_dump_traceback_later()
         self._file.close()
         with contextlib.suppress(OSError):
             if self._path.stat().st_size == 0:
@@ -324,4 +328,5 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._run.claim_failure(verdict.reason)
             self._run.failed(self._position.step, verdict.reason)
+        self._drop_stacks()
         self._end(verdict.code)

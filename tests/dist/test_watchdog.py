@@ -1,0 +1,46 @@
+"""A failure reaches ranks that no collective tells of it, as over NCCL: here none is in a collective."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from mlm_dist import distributed, watchdog
+from mlm_dist.clock import Position
+from mlm_dist.files import read_json
+from mlm_dist.lifecycle import RunDir
+from tests.ranks import run_ranks
+
+
+def fail_alone(folder: Path, who: int, how: str) -> list[int]:
+    """Called on every rank: the codes with which its watchdog would have ended it when rank `who` failed."""
+    watchdog.FAILURE_GRACE_S = 1.0
+    rank = distributed.init(60).rank
+    run, codes = RunDir(folder), []
+    run.attempt = 1
+    watched = watchdog.Watchdog(Position(), 20.0, run=run, end=codes.append)
+    watched.start()
+    distributed.ControlGroup(60).barrier()
+    if rank == who and how == "says so":
+        watched.failing("the reason", 2)
+    elif rank != who:
+        deadline = time.monotonic() + 30
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return codes[:1]
+
+
+@pytest.mark.parametrize(
+    ("who", "how", "code", "reason"),
+    [(1, "says so", 2, "the reason"), (0, "says so", 2, "the reason"), (0, "is gone", 1, "store")],
+)
+def test_a_failure_reaches_all_ranks(tmp_path: Path, who: int, how: str, code: int, reason: str) -> None:
+    """Rank 0 holds the store, which ends with it."""
+    (tmp_path / "logs").mkdir()
+    codes = run_ranks(
+        "tests.dist.test_watchdog:fail_alone", 2, {"folder": tmp_path, "who": who, "how": how}, timeout=120
+    )
+    assert codes[1 - who] == [code] and codes[who] == []
+    status = read_json(tmp_path / "status.json")
+    assert status is not None and status["state"] == "failed" and reason in status["reason"]
+    assert not (tmp_path / "logs" / f"attempt_1_rank_{1 - who}.stacks").exists()
