@@ -20,6 +20,7 @@ from tests.e2e.program import Program, losses, save_config
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.timeout(300)
+STEPS = 40
 # Else the first message of a loader worker would hold all rows of such a small run.
 SHORT_MESSAGES = "from mlm_dist.data import lanes; lanes.MESSAGE_TOKENS = 256"
 
@@ -61,22 +62,28 @@ def events(run: Path, kind: str) -> list[dict]:
     return [event for event in read_json_lines(run / "events.jsonl") if event["kind"] == kind]
 
 
-def assert_same_run(run: Path, whole: Path, steps: int) -> None:
+def assert_same_run(run: Path, whole: Path) -> None:
     """Every loss and every weight at the end, to the bit."""
-    assert losses(run) == losses(whole) and sorted(losses(run)) == list(range(1, steps + 1))
-    first, second = (checkpoint.Reader(at / "checkpoints" / checkpoint.name(steps)) for at in (run, whole))
+    assert losses(run) == losses(whole) and sorted(losses(run)) == list(range(1, STEPS + 1))
+    first, second = (checkpoint.Reader(at / "checkpoints" / checkpoint.name(STEPS)) for at in (run, whole))
     assert all((first.parameter(n) == second.parameter(n)).all() for n in first.names())
 
 
 # Processes that are killed
 
 
-def test_killed_loader_workers_are_started_again_where_they_were(tmp_path: Path) -> None:
-    steps = 50
-    train = {"steps": steps, "global_batch": 96, "micro_batch": 24}  # what lies in the pipes is soon read
-    config = save_config(tmp_path, data={"workers": 2, "lanes": 8}, train=train, checkpoint={"every": 50})
-    runs = tmp_path / "runs"
-    Program(config, 2, ["--run.name", "whole"]).start().finish()
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config whose run ``whole``, which nothing happened to, is there."""
+    train = {"steps": STEPS, "global_batch": 96, "micro_batch": 24}  # what lies in the workers' pipes is soon read
+    folder = tmp_path_factory.mktemp("host")
+    path = save_config(folder, data={"workers": 2, "lanes": 8}, train=train, checkpoint={"every": 5})
+    Program(path, 2, ["--run.name", "whole"]).start().finish()
+    return path
+
+
+def test_killed_loader_workers_are_started_again_where_they_were(config: Path) -> None:
+    runs = config.parent / "runs"
     program = Program(config, 2, before=SHORT_MESSAGES).start()
     try:
         for step, rank, number in ((1, 0, signal.SIGKILL), (1, 1, signal.SIGKILL), (14, 1, signal.SIGSEGV)):
@@ -85,7 +92,7 @@ def test_killed_loader_workers_are_started_again_where_they_were(tmp_path: Path)
         program.finish()
     finally:
         program.kill()
-    assert_same_run(runs / "run", runs / "whole", steps)
+    assert_same_run(runs / "run", runs / "whole")
     restarted = events(runs / "run", "worker_restarted")
     assert sorted(event["rank"] for event in restarted) == [0, 1, 1]
     assert ["SIGSEGV" in event["what"] for event in restarted] == [False, False, True]
@@ -113,28 +120,25 @@ def test_a_loader_worker_that_dies_again_and_again_ends_the_run_and_says_why(tmp
     assert status["reason"].startswith("rank 1: ")
 
 
-def test_a_rank_that_is_killed_is_named_and_leaves_no_worker(tmp_path: Path) -> None:
-    steps = 40
-    config = save_config(tmp_path, data={"workers": 2, "lanes": 8}, train={"steps": steps})
-    runs = tmp_path / "runs"
-    Program(config, 2, ["--run.name", "whole"]).start().finish()
-    program = Program(config, 2).start()
+def test_a_rank_that_is_killed_is_named_and_leaves_no_worker(config: Path) -> None:
+    runs, flags = config.parent / "runs", ["--run.name", "killed"]
+    program = Program(config, 2, flags).start()
     try:
-        program.wait_for_step(runs / "run", 5)
+        program.wait_for_step(runs / "killed", 7)
         workers = children(program.ranks[1].pid)
         pid = program.ranks[1].pid
         os.kill(pid, signal.SIGKILL)  # the process alone, as the kernel does it
-        assert program.wait(30) == [1, -signal.SIGKILL]
-        wait_until("the workers end with their rank", lambda: not any(map(is_alive, workers)), 10)
+        assert program.wait(60) == [1, -signal.SIGKILL]
+        wait_until("the workers end with their rank", lambda: not any(map(is_alive, workers)), 30)
     finally:
         program.kill()
     assert len(workers) == 2
-    status = read_json(runs / "run" / "status.json")
+    status = read_json(runs / "killed" / "status.json")
     assert status["state"] == "failed"
     assert status["reason"].startswith(f"rank 1 (process {pid}) is gone without a word, as after a SIGKILL")
     assert "Traceback" not in program.output() and f"rank 1 (process {pid}) is gone" in program.output()
-    Program(config, 2).start().finish()
-    assert_same_run(runs / "run", runs / "whole", steps)
+    Program(config, 2, flags).start().finish()
+    assert_same_run(runs / "killed", runs / "whole")
 
 
 def test_rank_0_killed_under_mlm_launch_is_named_with_exit_code_137(tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ def test_a_run_directory_that_is_gone_ends_the_run_and_does_not_come_back(tmp_pa
         else:
             run.rename(tmp_path / "condemned")  # in one step: rm would race with what is written
             shutil.rmtree(tmp_path / "condemned")
-        assert program.wait(30) == [1, 1]
+        assert program.wait(60) == [1, 1]
     finally:
         program.kill()
     assert "was removed or moved" in program.log(0).read_text()
@@ -180,7 +184,7 @@ def test_a_run_directory_that_is_gone_ends_the_run_and_does_not_come_back(tmp_pa
     if how == "moved":
         done = max(losses(elsewhere))
         again = Program(
-            config, 2, ["--run.name", "renamed", "--train.steps", str(done + 2), "--allow_change", "train.steps"]
+            config, 1, ["--run.name", "renamed", "--train.steps", str(done + 2), "--allow_change", "train.steps"]
         )
         again.start().finish()
         assert sorted(losses(elsewhere)) == list(range(1, done + 3))
@@ -189,19 +193,16 @@ def test_a_run_directory_that_is_gone_ends_the_run_and_does_not_come_back(tmp_pa
 # The clock
 
 
-def test_clock_that_jumps_by_hours_changes_nothing(tmp_path: Path) -> None:
-    steps = 20
-    config = save_config(tmp_path, data={"workers": 1}, train={"steps": steps}, checkpoint={"every": 5})
-    runs = tmp_path / "runs"
-    Program(config, 2, ["--run.name", "whole"]).start().finish()
+def test_clock_that_jumps_by_hours_changes_nothing(config: Path) -> None:
+    runs = config.parent / "runs"
     jumps = """
 import itertools, time
 real, jumps = time.time, itertools.cycle([0, 7200, -7200, 86400])
 time.time = lambda: real() + next(jumps)
 """
-    Program(config, 2, before=jumps).start().finish()
-    assert_same_run(runs / "run", runs / "whole", steps)
-    assert read_json(runs / "run" / "status.json")["state"] == "finished"
+    Program(config, 2, ["--run.name", "jumped"], before=jumps).start().finish()
+    assert_same_run(runs / "jumped", runs / "whole")
+    assert read_json(runs / "jumped" / "status.json")["state"] == "finished"
 
 
 # Output
