@@ -112,6 +112,13 @@ class TrainConfig:
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise UserError(f"train.timeout: {self.timeout} must be a positive number of seconds.")
 
+    def progress(self, step: int, read: int, num_bytes: int) -> float:
+        """Share of the run that is done, in [0, 1], after ``step`` steps and ``read`` bytes of corpora of ``num_bytes``."""
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        assert self.epochs is not None
+        return min(1.0, read / (self.epochs * num_bytes))
+
     def batch_warmup(self) -> BatchWarmup | None:
         """How batches grow, or None when all have ``global_batch`` rows. Raises UserError for growth that cannot be."""
         return BatchWarmup.of(self.batch_start, self.batch_warmup_tokens, self.global_batch)

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import math
-import multiprocessing
-import os
 import sys
 import time
 import traceback
@@ -16,18 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlm_dist import autobatch, branch, checkpoint, choice, distributed, evaluate, rollback
+from mlm_dist import autobatch, checkpoint, choice, distributed, evaluate, rollback
 from mlm_dist.clock import COMMUNICATION, Position, StepClock, timed_collectives
 from mlm_dist.config import Invocation, load
 from mlm_dist.console import RunConsole, outlive_output
 from mlm_dist.data.rng import keyed_seed
 from mlm_dist.data.stream import Batch, Origin
+from mlm_dist.ending import leave, report_user_error
 from mlm_dist.engine import Engine, StepResult
 from mlm_dist.errors import UserError
 from mlm_dist.feed import Feeder
 from mlm_dist.hardware import dense_peak
 from mlm_dist.inputs import Inputs
-from mlm_dist.ledger import DataLoss, Ledger, leaves_out
+from mlm_dist.ledger import DataLoss, leaves_out
 from mlm_dist.lifecycle import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -38,13 +37,12 @@ from mlm_dist.lifecycle import (
     RunDirGone,
     State,
     StopFlag,
-    environment,
     stop_signals,
     write_json,
 )
 from mlm_dist.meter import Meter, peak_memory_gib, restart_peak_memory
 from mlm_dist.micro_batch import on_device
-from mlm_dist.model import bert, from_run
+from mlm_dist.model import bert
 from mlm_dist.model.bert import ModelConfig
 from mlm_dist.model.compiled import compile_together, layer_class
 from mlm_dist.model.head import MaskedLM
@@ -55,12 +53,10 @@ from mlm_dist.redact import redact
 from mlm_dist.rollback import verdict
 from mlm_dist.schedule import lr_factor
 from mlm_dist.spikes import SpikeGuard
+from mlm_dist.start import Opened, open_run
 from mlm_dist.stragglers import StragglerWatch
 from mlm_dist.tracking import Tracker
 from mlm_dist.watchdog import Watchdog, collective_timeout
-
-# Ranks other than the first give it this long to show an error that all of them have, before they show it themselves.
-OTHERS_WAIT_S = 5.0
 
 
 class Run:
@@ -97,111 +93,22 @@ class Run:
 
     def open(self) -> Path | None:
         """Take the run directory, on rank 0, and tell all ranks: sets the attempt; returns the checkpoint to go on from. Raises UserError on every rank."""
-        answer: dict[str, Any] = {}
+        opened: Opened | str = ""
         if self.is_first:
             try:
-                answer = self._open_first()
+                opened, self.ledger, self.attempt_facts = open_run(
+                    self.config, self.inputs, self.dir, self.flag, self.allow_change, self.console.say
+                )
             except (UserError, OSError) as error:  # the others must hear of it, or they would wait
                 prefix = "" if isinstance(error, UserError) else f"run.dir: {str(self.dir.path)!r} cannot be used: "
-                answer = {"error": f"{prefix}{error}"}
-        answer = self.control.broadcast(answer)
-        if "error" in answer:
-            raise UserError(answer["error"])
-        self.dir.attempt, self.finished_before = answer["attempt"], answer["finished"]
-        self.lost, self.skips, self.source = frozenset(answer["lost"]), answer["skips"], answer["source"]
+                opened = f"{prefix}{error}"
+        opened = self.control.broadcast(opened)
+        if isinstance(opened, str):
+            raise UserError(opened)
+        self.dir.attempt, self.finished_before, self.source = opened.attempt, opened.finished, opened.source
+        self.lost, self.skips = opened.lost, list(opened.skips)
         self.watchdog = Watchdog(self.position, self.config.train.timeout, run=self.dir, end=self._end_now)
-        return answer["checkpoint"]
-
-    def _open_first(self) -> dict[str, Any]:
-        config, path = self.config, self.dir.path
-        self.inputs.check_remote()
-        self.dir.prepare()
-        self.dir.acquire(self.flag)
-        try:
-            identity = config.identity(self.inputs.fingerprints(), self.inputs.tokenizer.fingerprint)
-            identity = json.loads(json.dumps(identity))
-            changed = self.dir.check_identity(identity, config.guarded(), self.allow_change)
-            status = self.dir.last_status or {}
-            finished = status.get("state") == "finished" and not changed
-            self.ledger = Ledger.read(path / "events.jsonl")
-            rollback.discard(rollback.void_checkpoints(path, self.ledger))
-            found = checkpoint.newest(path, self.console.say)
-            if found is None and (damaged := checkpoint.committed(path)):
-                raise UserError(
-                    f"run {str(path)!r}: none of its {len(damaged)} checkpoints is whole. Bring one back, or delete {path / 'checkpoints'} to begin anew."
-                )
-            if found is None and config.run.branch_from is not None:
-                found = self._branch(config.run.branch_from, identity)
-            source = None
-            if found is None and config.model.init == "run":
-                assert config.model.name_or_path is not None
-                source = str(from_run.newest(config.model.name_or_path, self.console.say))
-            reader = None if found is None else checkpoint.Reader(found)
-            if reader is not None:
-                self.ledger.add(reader.trainer["ledger"])
-                self.ledger.add_skips(reader.trainer.get("skips", ()))
-            if verdict := self.ledger.verdict(self.inputs.num_documents, config.data.max_bad_fraction):
-                raise UserError(
-                    verdict + "\nMend the data, or raise data.max_bad_fraction to go on without these documents."
-                )
-            if not finished:
-                self._describe(changed)
-                self.dir.status("running", 0 if reader is None else reader.step)
-                # After the status: a start that dies between them still sees what --allow_change changed.
-                self.dir.record_identity(identity, config.guarded())
-        except BaseException:
-            self.dir.release()
-            raise
-        return {
-            "attempt": self.dir.attempt,
-            "checkpoint": found,
-            "source": source,
-            "finished": finished,
-            "lost": list(self.ledger.lost_blocks()),
-            "skips": self.ledger.skips,
-        }
-
-    def _branch(self, source: str, identity: dict[str, Any]) -> Path:
-        """The checkpoint of another run that this one begins from, copied into its directory."""
-        config, base = self.config, branch.Base(source, self.console.say)
-        base.check_identity(identity)
-        progress = self.progress_at(base.step, base.reader.trainer["bytes"])
-        base.check_rate(progress, config.optim.lr, config.optim, self.allow_change)
-        # Before the copy: a start that dies between them leaves a directory without a checkpoint, which is held to nothing.
-        self.dir.record_identity(identity, config.guarded())
-        found = base.adopt(self.dir.path)
-        self.console.say(f"branches from {base.path}")
-        return found
-
-    def _describe(self, changed: dict[str, list[Any]]) -> None:
-        """Write down what the attempt is made from, so that the directory alone tells it."""
-        path, inputs = self.dir.path, self.inputs
-        self._write_config(path / "config.yaml")
-        write_json(path / "env.json", environment())
-        inputs.bert_config.save_pretrained(path / "model")
-        inputs.pretrained_tokenizer.save_pretrained(path / "tokenizer")
-        if self.dir.died is not None:
-            self.console.say(f"attempt {self.dir.died.get('attempt')} died without a word; its lock is taken over")
-        if changed:
-            self.console.say(
-                "changed by --allow_change: "
-                + ", ".join(f"{k} from {old} to {new}" for k, (old, new) in changed.items())
-            )
-        self.attempt_facts = {
-            "world_size": self.topology.world_size,
-            "stage": inputs.ds_config["zero_optimization"]["stage"],
-            "known_losses": inputs.known_losses(),
-            "changed": changed,
-            "branch_from": self.config.run.branch_from,
-        }
-
-    def _write_config(self, path: Path) -> None:
-        """Whole, for the run to be started from; with a password or key in it, for its owner's eyes alone."""
-        plain = json.loads(json.dumps(asdict(self.config)))
-        path.unlink(missing_ok=True)
-        mode = 0o666 if redact(plain) == plain else 0o600
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-            file.write(self.config.dump())
+        return opened.checkpoint
 
     def build(self, path: Path | None) -> None:
         """Model, engine and stream, as new or as the checkpoint ``path`` left them."""
@@ -346,7 +253,7 @@ class Run:
             "attention": self.inputs.attention,
             "compiled": self.compiled,
         }
-        self.tracker.event({"kind": "attempt", "step": self.step, **self.attempt_facts, **chosen})
+        self.tracker.event({"kind": "attempt", "step": self.step, "world_size": world, **self.attempt_facts, **chosen})
         device = self.topology.device.type
         self.console.say(
             f"run {self.dir.path}: attempt {self.dir.attempt}, "
@@ -360,14 +267,7 @@ class Run:
 
     def progress(self) -> float:
         """Share of the run that is done, in [0, 1]."""
-        return self.progress_at(self.step, self.bytes)
-
-    def progress_at(self, step: int, data_bytes: int) -> float:
-        """Share of the run that is done after ``step`` steps and so many bytes of the corpora."""
-        if self.config.train.steps is not None:
-            return min(1.0, step / self.config.train.steps)
-        assert self.config.train.epochs is not None
-        return min(1.0, data_bytes / (self.config.train.epochs * self.inputs.num_bytes))
+        return self.config.train.progress(self.step, self.bytes, self.inputs.num_bytes)
 
     def train(self) -> str:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
@@ -750,7 +650,7 @@ class Run:
         """What the watchdog does last, in its own thread."""
         with contextlib.suppress(OSError):
             self.dir.release()
-        _leave(code)
+        leave(code)
 
 
 def run(invocation: Invocation) -> int:
@@ -785,26 +685,10 @@ def run(invocation: Invocation) -> int:
         try:
             attempt.fail(error)
         finally:
-            _leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
+            leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
     attempt.engine.close()
     distributed.shutdown()
     return code
-
-
-def _leave(code: int) -> None:
-    """End this process without the usual tidying, which would wait for ranks that are gone."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def report_user_error(error: UserError | str) -> None:
-    """Print it, on rank 0 at once: the launcher ends the others while they give it time, so the same mistake is shown once."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHERS_WAIT_S)
-    print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
