@@ -87,7 +87,7 @@ class Verdict:
 
 
 def judge(before: Sequence[Post], now: Sequence[Post]) -> Verdict | None:
-    """The verdict on all ranks' posts, read twice, a few posts apart; None while any of them moves."""
+    """The verdict on all ranks' posts, read twice, many posts apart; None while any of them moves."""
     silent = [p.rank for p, earlier in zip(now, before, strict=True) if p.beat == earlier.beat]
     limit = max(p.limit for p in now)
     heard = [p for p in now if p.rank not in silent]
@@ -214,10 +214,8 @@ class Watchdog:
                 self._post()
                 if self._store.check(["end"]):
                     self._learn(self._store.get("end"))
-                elif self._mine is not None or self._suspects():
-                    mine = self._mine or self._judge()
-                    if mine is not None:
-                        self._learn(self._store.compare_set("end", "", json.dumps(asdict(mine))))
+                elif mine := self._mine or self._judge():
+                    self._learn(self._store.compare_set("end", "", json.dumps(asdict(mine))))
                 self._answered = time.monotonic()
                 self._wake.wait(self._period)
                 self._wake.clear()
@@ -236,20 +234,20 @@ class Watchdog:
         post = Post(self.rank, self._host, self._beat, p.step + 1, p.phase, p.count, round(idle, 3), self._limit())
         self._store.set(str(self.rank), json.dumps(asdict(post)))
 
-    def _suspects(self) -> bool:
-        # The first rank alone reads everybody's posts, unless it is the one that hangs.
-        patience = self._limit() + (0 if self.rank == 0 else 5 + min(self.rank, 8)) * self._period
-        if time.monotonic() - self._moved[1] < patience:
-            self._before = None
-            return False
-        return True
-
     def _judge(self) -> Verdict | None:
-        now = time.monotonic()
+        """The verdict, where it is time for one. Everybody's posts are read when this rank has been idle for half of its limit, and
+        from the end of it on: who has not posted in between is silent."""
+        now, limit = time.monotonic(), self._limit()
+        # The first rank judges, unless it is the one that hangs.
+        idle = now - self._moved[1] - (0 if self.rank == 0 else 5 + min(self.rank, 8)) * self._period
+        if idle < limit / 2:
+            self._before = None
+        if idle < limit / 2 or (self._before is not None and idle < limit):
+            return None
         posts = [Post(**json.loads(p)) for p in self._store.multi_get([str(r) for r in range(self.world_size)])]
-        if self._before is None:
+        if self._before is None or now - self._before[0] > limit:
             self._before = now, posts
-        return judge(self._before[1], posts) if now - self._before[0] > 3 * self._period else None
+        return judge(self._before[1], posts) if now - self._before[0] > 0.4 * limit else None
 
     # ---- the thread that ends the process ----
 
@@ -296,12 +294,11 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         signal.alarm(math.ceil(20 * self._period + 2 * FAILURE_GRACE_S))
         is_behind = any(p["rank"] == self.rank for p in verdict.behind)
-        if speaks or is_behind:
-            print(f"error: {verdict.reason}", file=sys.stderr, flush=True)
-        else:
-            print(f"rank {self.rank} ends: the run hangs", file=sys.stderr, flush=True)
-        if is_behind:
-            faulthandler.dump_traceback(sys.stderr)
+        line = f"error: {verdict.reason}" if speaks or is_behind else f"rank {self.rank} ends: the run hangs"
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            print(line, file=sys.stderr, flush=True)
+            if is_behind:
+                faulthandler.dump_traceback(sys.stderr)
         with contextlib.suppress(OSError):
             faulthandler.dump_traceback(self._file)
         if speaks:
@@ -324,7 +321,8 @@ class Watchdog:
     def _follow(self, verdict: Verdict) -> None:
         """End after another rank's failure that no collective tells of."""
         signal.alarm(math.ceil(2 * FAILURE_GRACE_S))
-        print(f"rank {self.rank} ends after another rank's failure ({verdict.reason})", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"rank {self.rank} ends after another rank's failure ({verdict.reason})", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             self._run.claim_failure(verdict.reason)
             self._run.failed(self._position.step, verdict.reason)
