@@ -156,7 +156,7 @@ class Run:
         """Take over weights, moments, counters and the place in the data. Collective."""
         self.engine.restore(reader.parameter, reader.state, reader.optimizer)
         state = reader.trainer
-        self.step = self.saved_step = state["step"]
+        self.step = self.saved_step = self.saved_before = state["step"]
         self.tokens, self.bytes, self.skipped = state["tokens"], state["bytes"], state["skipped"]
         self.cursors = np.asarray(state["cursors"], np.int64)
         self.bad_steps = list(state.get("bad_steps", ()))
@@ -176,7 +176,8 @@ class Run:
             {**self.engine.optimizer_meta(), "step": 0, "scaler": None},
         )
         self.step = self.tokens = self.bytes = self.skipped = 0
-        self.saved_step, self.cursors, self.bad_steps = None, self.stream.start_cursors(), []
+        self.saved_step = self.saved_before = None
+        self.cursors, self.bad_steps = self.stream.start_cursors(), []
         if self.spikes is not None:
             self.spikes.load(())
 
