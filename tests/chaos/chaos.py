@@ -70,17 +70,23 @@ class Chaos:
     # ---- the run ----
 
     def play(self) -> None:
-        """All events, one after the other, then to the end."""
-        for number, event in enumerate(self.events):
-            begun = time.monotonic()
-            before = self.newest()
-            program = self.begin()
-            at = self.wait_for(program, before + event.steps)
+        """All events, one after the other, then to the end; says of each what it cost."""
+        told = ""
+        for number, event in enumerate([*self.events, None]):
+            before, begun = self.newest(), time.monotonic()
+            program = self.begin(PAUSE_S if event else 0.0)
+            self.wait_for(program, before + 1)
+            if told:
+                self.say(f"{told}, goes on {time.monotonic() - begun:.1f} s after the start")
+            if event is None:
+                break
+            at, troubled = self.wait_for(program, before + event.steps), time.monotonic()
             outcome = getattr(self, event.kind)(event, program)
-            self.say(
-                f"{number + 1:3} {event.kind:18} at step {at:4}, from checkpoint {before:4}: {outcome} ({time.monotonic() - begun:.0f} s)"
+            told = (
+                f"{number + 1:3} {event.kind:18} at step {at:4}: {outcome}; {at - min(at, self.newest())} steps to take again, "
+                f"down in {time.monotonic() - troubled:.1f} s"
             )
-        self.begin(pause=0.0).finish(ENDED_S)
+        program.finish(ENDED_S)
         assert self.status()["state"] == "finished"
 
     def begin(self, pause: float = PAUSE_S) -> Program:
