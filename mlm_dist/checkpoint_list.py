@@ -1,6 +1,5 @@
 """``mlm-dist checkpoint list`` and ``verify``: what checkpoints a run has, and whether they are as they were written."""
 
-import hashlib
 import json
 import math
 import re
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mlm_dist.checkpoint import CheckpointError, Reader
+from mlm_dist.checkpoint import reader as reading
+from mlm_dist.checkpoint.format import step_of
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_json
 from mlm_dist.tracking import read_metrics
-
-_STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ def directories(source: Path) -> list[Path]:
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such directory; give a run directory or one of its checkpoints")
-    if _STEP.fullmatch(source.resolve().name) or (source / "index.json").exists():
+    if source.resolve().parent.name == "checkpoints" or (source / "index.json").exists():
         return [source]
-    found = [path for path in source.glob("checkpoints/step_*") if _STEP.fullmatch(path.name)]
+    found = reading.directories(source)
     if not found:
         raise UserError(f"{source}: has no checkpoint; give a run directory in which checkpoints/ has one")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return found
 
 
 def damages(path: Path, *, read: bool) -> Iterator[str]:
@@ -65,13 +64,15 @@ def damages(path: Path, *, read: bool) -> Iterator[str]:
     except CheckpointError as error:
         yield str(error)
         return
+    if _is_named(path) and reader.step != step_of(path.resolve()):
+        yield f"{path}: is the checkpoint of step {reader.step}"
     for name, facts in reader.index["files"].items():
         file = path / name
         try:
             size = file.stat().st_size
             if size != facts["size"]:
                 yield f"{file}: has {size:,} bytes, {facts['size']:,} were written"
-            elif read and _sha256(file) != facts["sha256"]:
+            elif read and reading.sha256(file) != facts["sha256"]:
                 yield f"{file}: its SHA-256 differs from the one that was written"
         except FileNotFoundError:
             yield f"{file}: missing"
@@ -79,9 +80,9 @@ def damages(path: Path, *, read: bool) -> Iterator[str]:
             yield f"{file}: cannot be read ({error.strerror})"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_named(path: Path) -> bool:
+    """Whether a directory has a checkpoint's name, as others than copies made by hand have."""
+    return re.fullmatch(r"step_\d{8,}", path.resolve().name) is not None
 
 
 def entry(path: Path, validation: dict[int, float]) -> Entry:
@@ -93,28 +94,41 @@ def entry(path: Path, validation: dict[int, float]) -> Entry:
     files = [file for file in path.iterdir() if file.is_file()]
     trainer = read_json(path / "trainer.json") or {}
     measured = trainer.get("validation")  # the one that counts for it, as retention sees it
-    match = _STEP.fullmatch(path.resolve().name)
-    step = int(match[1]) if match else int((read_json(path / "index.json") or {}).get("step", 0))
+    step = (
+        step_of(path.resolve()) if _is_named(path) else _whole((read_json(path / "index.json") or {}).get("step")) or 0
+    )
     parts = [m[1] for file in files if (m := re.fullmatch(r"part-\d+-of-(\d+)\.safetensors", file.name))]
     return Entry(
         path=str(path),
         step=step,
         size=sum(file.stat().st_size for file in files),
         files=len(files),
-        time=trainer.get("time"),
-        attempt=trainer.get("attempt"),
+        time=_number(trainer.get("time")),
+        attempt=_whole(trainer.get("attempt")),
         ranks=int(parts[0]) if parts else None,
-        validation_loss=measured.get("loss") if isinstance(measured, dict) else validation.get(step),
+        validation_loss=_number(measured.get("loss")) if isinstance(measured, dict) else validation.get(step),
         problem=next(damages(path, read=False), None),
     )
+
+
+def _number(value: Any) -> float | None:
+    """What a checkpoint from elsewhere has where this program's have a number."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def entries(source: Path) -> list[Entry]:
     """All checkpoints of a run, oldest first. Raises UserError as ``directories``."""
     paths = directories(source)
     metrics = paths[0].resolve().parent.parent / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.is_file() else []
-    validation = {r["step"]: r["loss"] for r in records if r["kind"] == "val" and r.get("loss") is not None}
+    try:
+        records = read_metrics(metrics) if metrics.is_file() else []
+    except UserError:  # damaged; the checkpoints need not be
+        records = []
+    validation = {r["step"]: loss for r in records if r["kind"] == "val" and (loss := _number(r.get("loss")))}
     return [entry(path, validation) for path in paths]
 
 

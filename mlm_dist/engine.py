@@ -48,7 +48,7 @@ class StepResult:
     grad_norm: float | Tensor
     """Global L2 norm of the gradient before clipping, the same on every rank; not finite when the step was skipped."""
     skipped: bool
-    """A loss or gradient was not finite on some rank: weights, moments and Adam's step are as before, on every rank."""
+    """A loss or gradient was not finite on some rank, or the loss a spike: weights, moments and Adam's step are as before, on every rank."""
     overflow: bool
     """Skipped because gradients overflowed under fp16's loss scale, which is halved now: no fault of data or weights."""
     seen: Literal["loss", "gradient", "spike", None] = None

@@ -16,7 +16,8 @@ import yaml
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_json, read_yaml
 from mlm_dist.model.pretrained import quiet
-from mlm_dist.tracking import read_metrics, redact
+from mlm_dist.redact import redact
+from mlm_dist.tracking import read_metrics
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM, PreTrainedTokenizerFast

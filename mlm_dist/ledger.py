@@ -31,11 +31,13 @@ class Ledger:
     Attributes:
         faults: ``DataFault`` records, as dicts, in the order they were met.
         skips: (first, last) batches, numbered from 0, of each roll-back: read, so that what follows is the same, and not trained on.
+        rollbacks: how many of them were this run's own, and not of the one that it branched from.
     """
 
     def __init__(self, faults: Iterable[dict[str, Any]] = (), skips: Iterable[Sequence[int]] = ()):
         self.faults: list[dict[str, Any]] = []
         self.skips: list[Skip] = []
+        self.rollbacks = 0
         self._known: Counter[tuple[Any, ...]] = Counter()
         self.add(faults)
         self.add_skips(skips)
@@ -45,10 +47,16 @@ class Ledger:
         """The ledger that a run's ``events.jsonl`` holds: every loss was written there before the step that went on without it."""
         keys = ("source", "epoch", "block", "shard", "offset", "whole", "documents", "cause")
         records = list(read_json_lines(events))
-        return cls(
-            ({k: r[k] for k in keys} for r in records if r.get("kind") == "data_loss"),
-            (r["skip"] for r in records if r.get("kind") == "rollback"),
-        )
+        ledger = cls({k: r[k] for k in keys} for r in records if r.get("kind") == "data_loss")
+        for record in records:
+            if record.get("kind") == "rollback":
+                ledger.rolled_back(record["skip"])
+        return ledger
+
+    def rolled_back(self, skip: Sequence[int]) -> None:
+        """Count a roll-back of this run."""
+        self.rollbacks += 1
+        self.add_skips([skip])
 
     def add_skips(self, skips: Iterable[Sequence[int]]) -> None:
         """Add what is not yet in it, each (first, last)."""

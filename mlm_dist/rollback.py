@@ -8,6 +8,7 @@ were made by earlier ones.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,9 @@ def plan(run_dir: Path, ledger: Ledger, bad: Sequence[int], warn: Callable[[str]
 
     As many batches before them as they are themselves are left out too, after one roll-back twice as many, and so on.
     """
-    wanted = max(0, bad[0] - len(bad) * 2 ** len(ledger.skips))
-    good = [r for r in _readers(run_dir) if r.step <= bad[0] and not r.trainer.get("bad_steps") and not void(r, ledger)]
+    wanted = max(0, bad[0] - len(bad) * 2**ledger.rollbacks)
+    readers = checkpoint.readers(run_dir)
+    good = [r for r in readers if r.step <= bad[0] and not r.trainer.get("bad_steps") and not void(r, ledger)]
     # Best is the newest that is old enough, else what goes back as far as possible.
     for reader in sorted(good, key=lambda r: (r.step > wanted, -r.step if r.step <= wanted else r.step)):
         try:
@@ -73,23 +75,10 @@ def void(reader: checkpoint.Reader, ledger: Ledger) -> bool:
 def discard(paths: Iterable[Path]) -> None:
     """Remove void checkpoints; one that is left by a crash is known as void by its ledger."""
     for path in paths:
-        doomed = path.rename(path.parent / f".tmp_void_{path.name}")
+        doomed = path.rename(path.parent / f".tmp_void_{path.name}_{time.time_ns()}")
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def void_checkpoints(run_dir: Path, ledger: Ledger) -> list[Path]:
     """All void ones of a run."""
-    return [reader.path for reader in _readers(run_dir) if void(reader, ledger)]
-
-
-def _readers(run_dir: Path) -> list[checkpoint.Reader]:
-    """The committed checkpoints that can be opened, oldest first."""
-    found = []
-    for path in checkpoint.committed(run_dir):
-        try:
-            reader = checkpoint.Reader(path)
-            _ = reader.trainer
-            found.append(reader)
-        except (checkpoint.CheckpointError, OSError, ValueError):
-            continue
-    return found
+    return [reader.path for reader in checkpoint.readers(run_dir) if void(reader, ledger)]

@@ -35,12 +35,12 @@ class SpikeGuard:
         self._count = 0
 
     def is_spike(self, loss: Tensor) -> Tensor:
-        """Whether ``loss`` (fp64 scalar, mean of the global batch) is one: bool scalar on the device. NaN is none."""
+        """Whether ``loss`` (fp64 scalar, mean of the global batch) is one: bool scalar on the device. What is not finite is none."""
         if self._count < LEAST:
             return torch.zeros((), dtype=torch.bool, device=loss.device)
         median = self._losses.nanmedian()
         deviation = SIGMA * (self._losses - median).abs().nanmedian()
-        return loss - median > torch.maximum(self.sigmas * deviation, LEAST_RISE * median)
+        return torch.isfinite(loss) & (loss - median > torch.maximum(self.sigmas * deviation, LEAST_RISE * median))
 
     def accept(self, loss: Tensor) -> None:
         """Remember the loss of a step that was applied."""

@@ -33,13 +33,10 @@ class Standing:
     def before(cls, run: Path, step: int) -> "Standing":
         """At the last checkpoint of ``run`` at or before ``step``: what comes before it in the lanes need not be read again."""
         ledger = Ledger.read(run / "events.jsonl")
-        for path in reversed(checkpoint.committed(run)):
-            try:
-                trainer = checkpoint.Reader(path).trainer
-            except (checkpoint.CheckpointError, OSError, ValueError):
-                continue
+        for reader in reversed(checkpoint.readers(run)):
+            trainer = reader.trainer
             ledger.add(trainer["ledger"])
             ledger.add_skips(trainer.get("skips", ()))
-            if trainer["step"] <= step:
-                return cls(trainer["step"], np.asarray(trainer["cursors"], np.int64), ledger)
+            if reader.step <= step:
+                return cls(reader.step, np.asarray(trainer["cursors"], np.int64), ledger)
         return cls(0, None, ledger)

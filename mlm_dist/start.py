@@ -74,7 +74,9 @@ def _open(
     finished = (directory.last_status or {}).get("state") == "finished" and not changed
     ledger = Ledger.read(path / "events.jsonl")
     rollback.discard(rollback.void_checkpoints(path, ledger))
-    found = checkpoint.newest(path, say)
+    found = checkpoint.newest(
+        path, say, lambda r: "a roll-back took its steps back" if rollback.void(r, ledger) else None
+    )
     if found is None and (damaged := checkpoint.committed(path)):
         raise UserError(
             f"run {str(path)!r}: none of its {len(damaged)} checkpoints is whole. Bring one back, or delete {path / 'checkpoints'} to begin anew."
@@ -135,7 +137,7 @@ def _describe(
 ) -> None:
     """Write down what the attempt is made from, so that the directory alone tells it."""
     path = directory.path
-    _write_config(config, path / "config.yaml")
+    write_config(config, path / "config.yaml")
     write_json(path / "env.json", environment())
     inputs.bert_config.save_pretrained(path / "model")
     inputs.pretrained_tokenizer.save_pretrained(path / "tokenizer")
@@ -146,8 +148,8 @@ def _describe(
         say(f"changed by --allow_change: {', '.join(changes)}")
 
 
-def _write_config(config: Config, path: Path) -> None:
-    """Whole, for the run to be started from; with a password or key in it, for its owner's eyes alone."""
+def write_config(config: Config, path: Path) -> None:
+    """The config, whole, for the run to be started from; with a password or key in it, for its owner's eyes alone."""
     plain = json.loads(json.dumps(asdict(config)))
     path.unlink(missing_ok=True)
     mode = 0o666 if redact(plain) == plain else 0o600

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import DISK_FULL, parse_object, write_atomically
+from mlm_dist.files import DISK_FULL, parse_object, read_json_lines, write_atomically
 from mlm_dist.redact import redact
 from mlm_dist.wandb_mirror import Mirror, Mode, resolve_mode
 
@@ -177,6 +177,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return sorted(kept.values(), key=lambda r: (r["step"], r["kind"]))
 
 
+# Of a record: its loss, and the number of ranks that it was taken on.
+_Summary = tuple[Any, Any]
+
+
 class Tracker:
     """Writes a run's metrics and events; rank 0 only, one at a time for a run directory.
 
@@ -275,6 +279,8 @@ class Tracker:
         """
         line = {"time": time.time(), "attempt": self.attempt, **redact(_plain(record))}
         self._events.append(line, sync=True, required=required)
+        if line["kind"] == "rollback":
+            self._rows = {key: (row, None if key[1] > line["to"] else was) for key, (row, was) in self._rows.items()}
 
     def finish(self, exit_code: int = 0, *, timeout: float = 90.0) -> None:
         """Close the files and end the W&B run as ``exit_code`` says, waiting at most ``timeout`` seconds for W&B. A
@@ -287,8 +293,14 @@ class Tracker:
         # events.jsonl stays open: it is written through, and a late warning of the W&B thread must find it.
         self._events.flush()
 
-    def _read_back(self) -> tuple[dict[tuple[str, int], tuple[int, tuple[Any, Any]]], list[dict[str, Any]]]:
+    def _read_back(self) -> tuple[dict[tuple[str, int], tuple[int, _Summary | None]], list[dict[str, Any]]]:
         """Row numbers of the (kind, step)s logged so far, and their last records in row order."""
+        rollbacks = [e for e in read_json_lines(self.run_dir / "events.jsonl") if e.get("kind") == "rollback"]
+
+        def taken_back(record: dict[str, Any]) -> bool:
+            """Whether its step comes again with other batches before it: nothing is to be compared."""
+            return any(record["step"] > e["to"] and record.get("time", 0) <= e["time"] for e in rollbacks)
+
         records: dict[tuple[str, int], dict[str, Any]] = {}
         damaged = []
         for number, record in _metric_lines(self.run_dir / "metrics.jsonl"):
@@ -298,7 +310,8 @@ class Tracker:
                 records[record["kind"], record["step"]] = record  # a dict keeps the place of the first
         if damaged:
             self.event({"kind": "damaged_lines", "file": "metrics.jsonl", "lines": damaged[:100]})
-        return {key: (row, _summary_of(r)) for row, (key, r) in enumerate(records.items())}, list(records.values())
+        rows = {k: (row, None if taken_back(r) else _summary_of(r)) for row, (k, r) in enumerate(records.items())}
+        return rows, list(records.values())
 
     def _choose_id(self, given: str | None) -> str:
         directory = self.run_dir / "wandb"
@@ -310,8 +323,8 @@ class Tracker:
             write_atomically(path, f"{chosen}\n".encode())
         return chosen
 
-    def _compare(self, key: tuple[str, int], before: tuple[Any, Any], line: Mapping[str, Any]) -> None:
-        if self._differed or before == _summary_of(line) or before[1] != line["world_size"]:
+    def _compare(self, key: tuple[str, int], before: _Summary | None, line: Mapping[str, Any]) -> None:
+        if self._differed or before is None or before == _summary_of(line) or before[1] != line["world_size"]:
             return
         if line.get("loss") is None:  # left out this time: there is an event of it
             return
@@ -334,5 +347,5 @@ class Tracker:
         self.event({"kind": "wandb", "message": message})
 
 
-def _summary_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
+def _summary_of(record: Mapping[str, Any]) -> _Summary:
     return record.get("loss"), record.get("world_size")

@@ -56,7 +56,7 @@ from mlm_dist.spikes import SpikeGuard
 from mlm_dist.start import Opened, open_run
 from mlm_dist.stragglers import StragglerWatch
 from mlm_dist.tracking import Tracker
-from mlm_dist.watchdog import Watchdog, collective_timeout
+from mlm_dist.watchdog import PATIENCE_S, Watchdog, collective_timeout
 
 
 class Run:
@@ -84,6 +84,7 @@ class Run:
         self.peers = Peers(control)
         self.step = self.tokens = self.bytes = self.skipped = 0
         self.bad_steps: list[int] = []  # batches that went wrong one after the other, up to now
+        self.began: dict[str, Any] = {}  # of which other training, if it did not begin by its config
         self.saved_step: int | None = None
         self.saved_before: int | None = None
         self.validated_step: int | None = None
@@ -160,6 +161,8 @@ class Run:
         self.tokens, self.bytes, self.skipped = state["tokens"], state["bytes"], state["skipped"]
         self.cursors = np.asarray(state["cursors"], np.int64)
         self.bad_steps = list(state.get("bad_steps", ()))
+        self.began = {key: state[key] for key in ("branched_from", "taken_over") if key in state}
+        self.source = state.get("source", self.source)
         if self.spikes is not None:
             self.spikes.load(state.get("recent_losses") or ())
 
@@ -373,7 +376,8 @@ class Run:
             if config.eval.every and self.step % config.eval.every == 0 and not stop:
                 with meter.pause(), self.position.within("validation"):
                     self.validate()
-            if self.step % config.checkpoint.every == 0:
+            # That of the last step waits for its validation.
+            if self.step % config.checkpoint.every == 0 and self.step != config.train.steps:
                 with meter.pause(), self.position.within("checkpoint"):
                     self.save()
             if config.train.steps is not None and self.step >= config.train.steps:
@@ -386,6 +390,8 @@ class Run:
         if outcome == "finished" and self.validated_step != self.step:
             with self.position.within("validation"):
                 self.validate()
+            if self.validated_step == self.step:  # a checkpoint that knows nothing of it is not the last word
+                self.saved_step = self.saved_before
         with self.position.within("checkpoint"):
             self._settle()
             if self.saved_step != self.step:
@@ -439,38 +445,46 @@ class Run:
         """Go back to before the steps that went wrong, and leave their batches out from now on. Collective.
 
         Raises:
-            FloatingPointError: as often as is allowed already.
+            FloatingPointError: as often as is allowed already, or there is nothing to go back to.
         """
-        bad, config = self.bad_steps, self.config.train
-        what = f"{len(bad)} steps in a row up to step {self.step} went wrong (train.max_skipped)"
-        if len(self.skips) >= config.max_rollbacks:
-            raise FloatingPointError(
-                f"{what}, after {len(self.skips)} roll-back(s) (train.max_rollbacks); events.jsonl tells of each. "
-                "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
-            )
         self._settle()
-        plan = None
-        if self.tracker is not None:
-            plan = rollback.plan(self.dir.path, self.ledger, bad, self.console.say)
-            first, last = plan.skip
-            # Before anything is done: a start after a crash finds it, and goes back likewise.
-            self.tracker.event(
-                {"kind": "rollback", "step": self.step, "to": plan.step, "skip": plan.skip, "bad": bad, "why": what},
-                required=True,
-            )
-            self.ledger.add_skips([plan.skip])
-            rollback.discard(rollback.void_checkpoints(self.dir.path, self.ledger))
-            self.console.say(
-                f"{what}: back to step {plan.step}, and from there without batches {first} to {last} (events.jsonl)"
-            )
-        plan = self.control.broadcast(plan)
+        decided: rollback.Plan | str = self._plan_roll_back() if self.is_first else ""
+        decided = self.control.broadcast(decided)
+        if isinstance(decided, str):
+            raise FloatingPointError(decided)
         self.lost = self.control.broadcast(self.ledger.lost_blocks() if self.is_first else None)
-        self.skips = [*self.skips, plan.skip]
+        self.skips = [*self.skips, decided.skip]
         self.validation = None
-        if plan.to is None:
+        if decided.to is None:
             self._begin_again()
         else:
-            self._go_on_from(checkpoint.Reader(plan.to))
+            self._go_on_from(checkpoint.Reader(decided.to))
+
+    def _plan_roll_back(self) -> rollback.Plan | str:
+        """Rank 0: where to go back to, written down and with what it makes void removed; or why not."""
+        assert self.tracker is not None
+        bad, most = self.bad_steps, self.config.train.max_rollbacks
+        what = f"{len(bad)} steps in a row up to step {self.step} went wrong (train.max_skipped)"
+        remedies = "A lower optim.lr, a longer optim.warmup or train.clip 1.0 are the usual remedies."
+        if self.ledger.rollbacks >= most:
+            return f"{what}, after {self.ledger.rollbacks} roll-back(s) (train.max_rollbacks); events.jsonl tells of each. {remedies}"
+        plan = rollback.plan(self.dir.path, self.ledger, bad, self.console.say)
+        if plan.to is None and self.began:
+            return f"{what}, no whole checkpoint from before them is left, and the run began from another training's. {remedies}"
+        if plan.to is None and self.config.model.init == "run" and not (self.source and Path(self.source).is_dir()):
+            return f"{what}, no whole checkpoint from before them is left, and the weights that the run began with are gone. {remedies}"
+        first, last = plan.skip
+        # Before anything is done: a start after a crash finds it, and goes back likewise.
+        self.tracker.event(
+            {"kind": "rollback", "step": self.step, "to": plan.step, "skip": plan.skip, "bad": bad, "why": what},
+            required=True,
+        )
+        self.ledger.rolled_back(plan.skip)
+        rollback.discard(rollback.void_checkpoints(self.dir.path, self.ledger))
+        self.console.say(
+            f"{what}: back to step {plan.step}, and from there without batches {first} to {last} (events.jsonl)"
+        )
+        return plan
 
     def _say_straggler(self, line: str, event: dict[str, Any]) -> None:
         assert self.tracker is not None
@@ -562,9 +576,12 @@ class Run:
                 "skipped": self.skipped,
                 "progress": self.progress(),
                 "cursors": merged.tolist(),
-                "ledger": self.ledger.faults,
-                "skips": self.ledger.skips,
+                # Copies: a thread writes them while the run goes on.
+                "ledger": list(self.ledger.faults),
+                "skips": list(self.ledger.skips),
                 "bad_steps": self.bad_steps,
+                "source": self.source,
+                **self.began,
                 "recent_losses": None if self.spikes is None else self.spikes.state(),
                 "wandb_id": self.tracker.wandb_id if self.tracker else None,
                 "micro_batch": self.micro_batch_record,
@@ -661,7 +678,8 @@ def run(invocation: Invocation) -> int:
     timeout = collective_timeout(config.train.timeout)
     topology = distributed.init(timeout, deterministic=config.train.deterministic)
     position = Position()
-    control = distributed.ControlGroup(timeout, lambda: position.within(COMMUNICATION))
+    # A rank may read or write a checkpoint that long while the others wait; what hangs is for the watchdog to find.
+    control = distributed.ControlGroup(max(timeout, PATIENCE_S), lambda: position.within(COMMUNICATION))
     attempt = Run(invocation, inputs, topology, control, position)
     path = attempt.open()
     if attempt.finished_before:

@@ -22,7 +22,7 @@ from mlm_dist.checkpoint.format import (
     assign,
     name,
 )
-from mlm_dist.checkpoint.reader import Reader, adopt, committed, locate, newest
+from mlm_dist.checkpoint.reader import Reader, adopt, committed, locate, newest, readers
 from mlm_dist.checkpoint.retention import best, validation_loss
 from mlm_dist.checkpoint.writer import Writer
 
@@ -41,5 +41,6 @@ __all__ = [
     "locate",
     "name",
     "newest",
+    "readers",
     "validation_loss",
 ]

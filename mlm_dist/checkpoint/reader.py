@@ -175,6 +175,19 @@ def committed(run_dir: str | Path) -> list[Path]:
     return [p for p in directories(run_dir) if (p / "COMMIT").exists()]
 
 
+def readers(run_dir: str | Path, warn: Callable[[str], None] = silent) -> list[Reader]:
+    """The committed checkpoints of a run, oldest first, whose index and trainer.json can be read; nothing else of them is."""
+    found = []
+    for path in committed(run_dir):
+        try:
+            reader = Reader(path)
+            _ = reader.trainer
+            found.append(reader)
+        except CheckpointError as error:
+            warn(f"checkpoint passed over: {error}")
+    return found
+
+
 def newest(
     run_dir: str | Path,
     warn: Callable[[str], None] = silent,

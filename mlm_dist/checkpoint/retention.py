@@ -1,13 +1,14 @@
-"""Which checkpoints of a run stay: the newest, every n-th, the best by validation."""
+"""Which checkpoints of a run stay: the newest, every n-th, the best by validation, and one to go back to."""
 
 import contextlib
 import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from mlm_dist.checkpoint.format import CheckpointConfig, CheckpointError, step_of
-from mlm_dist.checkpoint.reader import Reader, committed, silent
+from mlm_dist.checkpoint.reader import Reader, committed, readers, silent
 
 
 def validation_loss(reader: Reader) -> float | None:
@@ -29,21 +30,21 @@ def by_loss(paths: Iterable[Path], loss_of: Callable[[Path], float | None]) -> l
 
 def best(run_dir: str | Path, warn: Callable[[str], None] = silent) -> Path | None:
     """The checkpoint of a run with the lowest validation loss, every byte of it checked; damaged ones are passed over and ``warn`` is told why."""
-    readers = {}
-    for path in committed(run_dir):
+    found = {reader.path: reader for reader in readers(run_dir, warn)}
+    for path in by_loss(found, lambda path: validation_loss(found[path])):
         try:
-            readers[path] = Reader(path)
-            validation_loss(readers[path])
-        except CheckpointError as error:
-            readers.pop(path, None)
-            warn(f"checkpoint passed over: {error}")
-    for path in by_loss(readers, lambda path: validation_loss(readers[path])):
-        try:
-            readers[path].verify()
+            found[path].verify()
             return path
         except CheckpointError as error:
             warn(f"checkpoint passed over: {error}")
     return None
+
+
+class _Facts(NamedTuple):
+    """What retention goes by: the validation loss, and whether no steps were going wrong one after the other."""
+
+    loss: float | None
+    good: bool
 
 
 class Retention:
@@ -51,7 +52,7 @@ class Retention:
 
     def __init__(self, root: Path, config: CheckpointConfig):
         self._root, self._config = root, config
-        self._losses: dict[Path, float | None] = {}
+        self._seen: dict[Path, _Facts] = {}
 
     def apply(self, newest_step: int) -> None:
         """Remove what the checkpoint of ``newest_step``, just written, makes superfluous.
@@ -60,12 +61,14 @@ class Retention:
         """
         # A later one was passed over as damaged, or this one would not be written: it must not count as kept.
         paths = [p for p in committed(self._root.parent) if step_of(p) <= newest_step]
-        self._losses.pop(paths[-1], None)  # its step may have come a second time
+        self._seen.pop(paths[-1], None)  # its step may have come a second time
         every = self._config.keep_every
         kept = {p for p in paths if every is not None and step_of(p) % every == 0}
         kept.update(paths[-self._config.keep :])
         if self._config.keep_best:
-            kept.update(by_loss(paths, self._loss)[: self._config.keep_best])
+            kept.update(by_loss(paths, lambda path: self._facts(path).loss)[: self._config.keep_best])
+        # Where every other one is amid steps that go wrong, the run can go back to this.
+        kept.update([path for path in paths if self._facts(path).good][-1:])
         for path in paths:
             if path not in kept:
                 # Renamed it no longer counts, and is cleared here or by the next attempt however far the removal comes.
@@ -74,10 +77,11 @@ class Retention:
         for path in self._root.glob(".tmp_old_*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _loss(self, path: Path) -> float | None:
-        if path not in self._losses:
+    def _facts(self, path: Path) -> _Facts:
+        if path not in self._seen:
             try:
-                self._losses[path] = validation_loss(Reader(path))
+                reader = Reader(path)
+                self._seen[path] = _Facts(validation_loss(reader), not reader.trainer.get("bad_steps"))
             except CheckpointError:
-                self._losses[path] = None
-        return self._losses[path]
+                self._seen[path] = _Facts(None, False)
+        return self._seen[path]

@@ -213,8 +213,8 @@ class Writer:
             if final.exists():  # one that was passed over
                 final.rename(self.root / f".tmp_old_{final.name}_{self.attempt}_{self._begun}")
             temporary.rename(final)
-            sync_directory(self.root)
-            with contextlib.suppress(OSError):  # what is not removed now is at the next checkpoint
+            with contextlib.suppress(OSError):  # it is there; what is not removed now is at the next checkpoint
+                sync_directory(self.root)
                 self._retention.apply(step)
 
     def _parts(self, temporary: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,8 +15,9 @@ from mlm_dist.convert import deepspeed_files, deepspeed_state
 from mlm_dist.convert.deepspeed_state import State
 from mlm_dist.errors import UserError
 from mlm_dist.inputs import Inputs
-from mlm_dist.lifecycle import RunDir
+from mlm_dist.lifecycle import RunDir, StopFlag
 from mlm_dist.optim import CLASSES, STATE_KEYS, group_meta
+from mlm_dist.start import write_config
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
@@ -96,6 +97,10 @@ def take_over(
         raise UserError(f"optim.name: {config.optim.name} cannot go on from Adam's moments; set it to adamw")
     inputs = Inputs(config, world_size=1)
     state = deepspeed_state.read(deepspeed_files.load(deepspeed_files.find(source, tag), trust_pickle))
+    at = state.step if step is None else step
+    steps = config.train.steps
+    if steps is not None and at >= steps:
+        raise UserError(f"train.steps: {steps} are over at step {at}; raise train.steps, or give --step")
     model = _skeleton(inputs)
     theirs = {name: shape for name, shape in state.shapes.items() if name not in state.aliases}
     names = match_names(theirs, {name: tuple(p.shape) for name, p in model.named_parameters()})
@@ -106,10 +111,6 @@ def take_over(
             tensors[f"state/{key}/{name}"] = state.tensor(key, their)
     groups = group_meta(model, config.optim)
     optimizer = {"class": "AdamW", "step": state.adam_step, "groups": groups, "scaler": None}
-    at = state.step if step is None else step
-    steps = config.train.steps
-    if steps is not None and at >= steps:
-        raise UserError(f"train.steps: {steps} are over at step {at}; raise train.steps, or give --step")
     trainer = {
         "step": at,
         "tokens": 0,
@@ -131,17 +132,20 @@ def take_over(
 def _write(run_dir: Path, config: Config, inputs: Inputs, tensors: dict, optimizer: dict, trainer: dict) -> None:
     directory = RunDir(run_dir)
     directory.prepare()
-    identity = config.identity(inputs.fingerprints(), inputs.tokenizer.fingerprint)
-    directory.record_identity(json.loads(json.dumps(identity)), config.guarded())
-    (run_dir / "config.yaml").write_text(config.dump())
-    inputs.bert_config.save_pretrained(run_dir / "model")
-    inputs.pretrained_tokenizer.save_pretrained(run_dir / "tokenizer")
-    writer = checkpoint.Writer(run_dir, config.checkpoint, rank=0, world_size=1, attempt=0)
+    directory.acquire(StopFlag())
     try:
+        identity = config.identity(inputs.fingerprints(), inputs.tokenizer.fingerprint)
+        directory.record_identity(json.loads(json.dumps(identity)), config.guarded())
+        write_config(config, run_dir / "config.yaml")
+        inputs.bert_config.save_pretrained(run_dir / "model")
+        inputs.pretrained_tokenizer.save_pretrained(run_dir / "tokenizer")
+        writer = checkpoint.Writer(run_dir, config.checkpoint, rank=0, world_size=1, attempt=0)
         writer.save(trainer["step"], tensors, dict.fromkeys(tensors, 0), optimizer, trainer)
         writer.wait()
     except checkpoint.CheckpointError as error:
         raise UserError(f"run.dir: {run_dir}: {error}") from error
+    finally:
+        directory.release()
 
 
 def notes(state: State, groups: list[dict[str, Any]], names: dict[str, str], config: Config, step: int) -> list[str]:

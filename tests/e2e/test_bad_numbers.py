@@ -1,6 +1,7 @@
 """Losses and gradients that go wrong: skipped by all ranks, then gone back from, and the same again on resume."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def test_bad_steps_are_skipped_then_gone_back_from(
     capsys.readouterr()
     assert cli.main(["data", "show", "--run", str(run), "--step", "8", "--rows", "99"]) == 0
     shown = capsys.readouterr().out
-    listed = {(b["shard"], b["offset"]) for b in bad[0]["blocks"]}
-    assert listed == {(s, o) for s, o in listed if f"{s} at byte {o}" in shown}
+    blocks = {(b["shard"], b["offset"], b["block"]) for b in bad[0]["blocks"]}
+    rows = re.findall(r"epoch \d+, (\S+) at byte (\d+), block (\d+)", shown)
+    assert {(shard, int(offset), int(block)) for shard, offset, block in rows} == blocks
     assert shown.count("\nstep 8 row") == 12
 
 
@@ -109,14 +111,14 @@ def test_a_spike_is_skipped_in_its_step_whatever_the_ranks(tmp_path: Path) -> No
     config = save_config(
         tmp_path,
         model={"attention_dropout": 0.0, "hidden_dropout": 0.0},
-        train={"steps": 44, "spike": 10.0},
-        checkpoint={"every": 38},
+        train={"steps": 56, "spike": 10.0},
+        checkpoint={"every": 34},
     )
     runs = {}
     for world in (1, 2):
         run = tmp_path / "runs" / f"world-{world}"
         flags = ["--run.name", run.name]
-        spikes = fault("spike", 3, 36, 41)
+        spikes = fault("spike", 3, 36, 50)
         if world == 1:
             program = faulty(config, world, flags, spikes).start()
             program.wait_for_step(run, 40)
@@ -124,7 +126,7 @@ def test_a_spike_is_skipped_in_its_step_whatever_the_ranks(tmp_path: Path) -> No
         faulty(config, world, flags, spikes).start().finish()
         skipped = events(run, "skipped_step")
         # None of the first 32 steps is judged. After the restart what is recent is what it was.
-        assert [(e["batch"], e["cause"]) for e in skipped] == [(36, "spike"), (41, "spike")]
+        assert {(e["batch"], e["cause"]) for e in skipped} == {(36, "spike"), (50, "spike")}
         runs[world] = losses(run)
     assert runs[1][37] > 50 * runs[1][36]
-    assert all(abs(runs[1][k] - runs[2][k]) < 1e-3 for k in range(1, 45) if k not in (4, 37, 42))
+    assert all(abs(runs[1][k] - runs[2][k]) < 1e-3 for k in range(1, 57) if k not in (4, 37, 51))

@@ -158,3 +158,15 @@ def test_a_run_of_epochs_ends_alike_on_any_ranks_and_after_a_kill(tmp_path: Path
     last = read_metrics(runs / "run" / "metrics.jsonl")[-1]
     assert last["kind"] == "val" and last["step"] == max(whole)
     assert read_json(runs / "run" / "status.json")["state"] == "finished"
+
+
+@pytest.mark.parametrize("length", [{"steps": 6}, {"steps": None, "epochs": 1}], ids=["steps", "epochs"])
+def test_the_last_checkpoint_knows_its_validation(tmp_path: Path, length: dict[str, int | None]) -> None:
+    config = save_config(tmp_path, train=length, checkpoint={"every": 1 if "epochs" in length else 3, "keep": 9})
+    Program(config).start().finish()
+    run = tmp_path / "runs" / "run"
+    found = checkpoint.best(run)
+    assert found == checkpoint.newest(run) and found is not None
+    (step, loss), *more = losses(run, "val").items()
+    assert not more
+    assert checkpoint.Reader(found).trainer["validation"] == {"step": step, "loss": loss}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from mlm_dist import checkpoint, rollback
 from mlm_dist.checkpoint import CheckpointConfig, Writer
 from mlm_dist.ledger import Ledger
+from mlm_dist.train import Run
 
 
 def save(run: Path, *steps: int, **trainer: Any) -> None:
@@ -21,7 +23,10 @@ def save(run: Path, *steps: int, **trainer: Any) -> None:
 
 
 def plan(run: Path, bad: list[int], skips: list[tuple[int, int]] = []) -> tuple[int, tuple[int, int]]:  # noqa: B006
-    found = rollback.plan(run, Ledger(skips=skips), bad, lambda _message: None)
+    ledger = Ledger()
+    for skip in skips:
+        ledger.rolled_back(skip)
+    found = rollback.plan(run, ledger, bad, lambda _message: None)
     assert found.to == (run / "checkpoints" / checkpoint.name(found.step) if found.step else None)
     return found.step, found.skip
 
@@ -77,8 +82,9 @@ def test_the_ledger_of_skips_is_in_the_events(tmp_path: Path) -> None:
     lines = [{"kind": "rollback", "skip": [3, 7]}, {"kind": "attempt"}, {"kind": "rollback", "skip": [3, 7]}]
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ledger = Ledger.read(events)
-    ledger.add_skips([[9, 9], [3, 7]])
+    ledger.add_skips([[9, 9], [3, 7]])  # of the run that it branched from
     assert ledger.skips == [(3, 7), (9, 9)]
+    assert ledger.rollbacks == 2
 
 
 @pytest.mark.parametrize(
@@ -92,3 +98,51 @@ def test_the_ledger_of_skips_is_in_the_events(tmp_path: Path) -> None:
 )
 def test_the_first_cause_is_the_verdict(seen: list[str | None], expected: tuple[str, list[int]]) -> None:
     assert rollback.verdict(seen)[:2] == expected
+
+
+@pytest.mark.parametrize(("keep", "keep_best"), [(1, 0), (2, 1)])
+def test_retention_keeps_one_to_go_back_to(tmp_path: Path, keep: int, keep_best: int) -> None:
+    """Though checkpoints are closer than train.max_skipped."""
+    writer = Writer(tmp_path, CheckpointConfig(keep=keep, keep_best=keep_best), 0, 1, 1)
+    bad = list(range(98, 108))
+    for step in range(80, 109, 4):
+        state = {"step": step, "skips": [], "bad_steps": [b for b in bad if b < step]}
+        writer.save(step, {"param/w": torch.zeros(2)}, {"param/w": 0}, {}, state)
+        writer.wait()
+    assert plan(tmp_path, bad) == (96, (96, 107))
+
+
+@pytest.mark.parametrize(
+    ("began", "init", "rollbacks", "reason"),
+    [
+        ({}, "config", 0, None),
+        ({}, "config", 2, "after 2 roll-back(s) (train.max_rollbacks)"),
+        ({"branched_from": {}}, "config", 0, "the run began from another training's"),
+        ({}, "run", 0, "the weights that the run began with are gone"),
+    ],
+)
+def test_a_run_that_cannot_go_back_says_why_and_loses_nothing(
+    tmp_path: Path, began: dict[str, Any], init: str, rollbacks: int, reason: str | None
+) -> None:
+    save(tmp_path, 40)  # after the bad ones
+    ledger, events = Ledger(), []
+    for _ in range(rollbacks):
+        ledger.rolled_back((1, 1))
+    run: Any = SimpleNamespace(
+        tracker=SimpleNamespace(event=lambda record, **_: events.append(record)),
+        console=SimpleNamespace(say=lambda _line: None),
+        dir=SimpleNamespace(path=tmp_path),
+        config=SimpleNamespace(train=SimpleNamespace(max_rollbacks=2), model=SimpleNamespace(init=init)),
+        ledger=ledger,
+        bad_steps=[20, 21],
+        step=22,
+        began=began,
+        source=str(tmp_path / "gone"),
+    )
+    decided = Run._plan_roll_back(run)
+    if reason is None:
+        assert decided == rollback.Plan(None, 0, (18, 21))
+        assert [e["skip"] for e in events] == [(18, 21)] and not checkpoint.committed(tmp_path)
+    else:
+        assert isinstance(decided, str) and reason in decided
+        assert not events and len(checkpoint.committed(tmp_path)) == 1

@@ -169,6 +169,25 @@ def test_a_replayed_step_with_another_loss_is_an_event_at_the_same_world_size_on
     assert (event["kind"], event["step"], event["loss_before"], event["loss_now"]) == ("replay_differs", 1, 0.6, 0.7)
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_steps_that_a_roll_back_took_back_are_not_compared(tmp_path: Path, restart: bool) -> None:
+    def attempt(number: int) -> Tracker:
+        return Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=number)
+
+    tracker = attempt(1)
+    for step in (90, 100):
+        tracker.log(train(step, loss=0.5))
+    tracker.event({"kind": "rollback", "to": 90, "skip": [90, 99], "step": 100})
+    if restart:
+        tracker.finish()
+        tracker = attempt(2)
+    tracker.log(train(100, loss=0.7))
+    assert [e["kind"] for e in events(tmp_path)] == ["rollback"]
+    tracker.log(train(90, loss=0.7))  # this one was not
+    tracker.finish()
+    assert [e["kind"] for e in events(tmp_path)] == ["rollback", "replay_differs"]
+
+
 # The mode
 
 
