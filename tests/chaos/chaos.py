@@ -174,8 +174,10 @@ class Chaos:
         """The newest checkpoint loses a bit: the one before is taken."""
         program.kill()
         found = checkpoint.newest(self.run)
-        if found is None:
-            return "all ranks killed before there was a checkpoint"
+        if (
+            found is None or len(checkpoint.committed(self.run)) < 2
+        ):  # of a run without a whole one nothing is begun anew
+            return "all ranks killed before there were two checkpoints"
         files = sorted(path for path in found.iterdir() if path.stat().st_size)
         victim = files[int(event.draw * len(files))]
         data = bytearray(victim.read_bytes())
