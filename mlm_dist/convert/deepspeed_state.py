@@ -48,7 +48,7 @@ class State:
     def tensor(self, key: str, name: str) -> torch.Tensor:
         """The weight (key `param`) or moment of a parameter, fp32, of its whole shape. Raises UserError where the files do not hold it."""
         try:
-            tensor = self.readers[name][key]().contiguous()
+            tensor = self.readers[name][key]().detach().contiguous()
         except (KeyError, IndexError, RuntimeError) as error:
             raise UserError(f"the checkpoint does not hold the whole {key} of {name} ({error})") from error
         if tuple(tensor.shape) != self.shapes[name]:
