@@ -160,6 +160,7 @@ class Run:
         self.step = self.saved_step = self.saved_before = state["step"]
         self.tokens, self.bytes, self.skipped = state["tokens"], state["bytes"], state["skipped"]
         self.cursors = np.asarray(state["cursors"], np.int64)
+        self.validated_step = (state.get("validation") or {}).get("step")
         self.bad_steps = list(state.get("bad_steps", ()))
         self.began = {key: state[key] for key in ("branched_from", "taken_over") if key in state}
         self.source = state.get("source", self.source)
@@ -280,6 +281,9 @@ class Run:
         self.console.begin(self.progress())
         if config.train.steps is not None and self.step >= config.train.steps:
             return self._end("finished")
+        if config.eval.every and self.step and self.step % config.eval.every == 0 and self.validated_step != self.step:
+            with self.position.within("validation"):
+                self.validate()  # which the stop at this step did not wait for
         restart_peak_memory(self.topology.device)
         meter = self._meter()
         self.stragglers = StragglerWatch(self.control, meter.so_far, self._say_straggler)

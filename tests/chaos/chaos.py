@@ -262,7 +262,8 @@ class Chaos:
         assert not differ, f"the data of steps {differ[:10]} differs"
 
         mine, reference = (read_metrics(run / "metrics.jsonl") for run in (self.run, calm))
-        assert [(m["kind"], m["step"]) for m in mine] == [(m["kind"], m["step"]) for m in reference]
+        lines = [{(m["kind"], m["step"]) for m in metrics} for metrics in (mine, reference)]
+        assert lines[0] == lines[1], f"in one of the two only: {lines[0] ^ lines[1]}"
         left_out = {step + 1 for first, last in ledger.skips for step in range(first, last + 1)}
         worst = 0.0
         for a, b in zip(mine, reference, strict=True):
