@@ -191,11 +191,15 @@ class Watchdog:
             if self._path.stat().st_size == 0:
                 self._path.unlink()
 
-    def failing(self, reason: str, code: int) -> None:
+    def failing(self, reason: str, code: int) -> Verdict | None:
         """Tell the other ranks that this one is about to end with ``code``. Does not return when they were hanging before:
-        then its error comes of their end, and so does its own."""
+        then its error comes of their end, and so does its own.
+
+        Returns:
+            The failure that came first, of this rank or of another; None where the store does not say.
+        """
         if not self._threads[1].is_alive():  # not started, or done
-            return
+            return None
         self._failing = True
         self._mine = Verdict("failure", code, reason, self.rank, [], [])
         self._wake.set()
@@ -205,6 +209,7 @@ class Watchdog:
         if self.rank == 0 and self.world_size > 1:  # the store ends with it, so the others read it first
             time.sleep(1.5 * self._period)
         self.stop()
+        return self._verdict
 
     # ---- the thread that talks to the store ----
 
