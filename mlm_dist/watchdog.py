@@ -89,8 +89,8 @@ class Verdict:
 def judge(before: Sequence[Post], now: Sequence[Post]) -> Verdict | None:
     """The verdict on all ranks' posts, read twice, many posts apart; None while any of them moves."""
     silent = [p.rank for p, earlier in zip(now, before, strict=True) if p.beat == earlier.beat]
-    limit = max(p.limit for p in now)
     heard = [p for p in now if p.rank not in silent]
+    limit = max((p.limit for p in heard), default=0.0)  # what a silent one last said may be of a phase that is over
     if not heard or any(p.idle < limit for p in heard):
         return None
     behind = blame(now, silent)
