@@ -40,6 +40,8 @@ PATIENT = ("start", "checkpoint")
 # A rank whose peer failed, or whose store is gone, has this long to find out by itself what its own error is.
 FAILURE_GRACE_S = 10.0
 MOST_NAMED = 8
+# Periods without a turn of its threads after which the process must have been stopped, and its time begins anew.
+STOPPED = 10
 
 
 def collective_timeout(timeout_s: float) -> float:
@@ -152,6 +154,7 @@ class Watchdog:
         self._where = f"{getattr(store, 'host', '')}:{getattr(store, 'port', '')}"
         self._beat = 0
         self._moved: tuple[Any, float] = (None, time.monotonic())  # where it was, since when
+        self._turn = time.monotonic()  # when the thread that looks last did
         self._answered = time.monotonic()  # when the store last did
         self._lost: tuple[str, float] | None = None  # the connection's error, and since when
         self._before: tuple[float, list[Post]] | None = None  # all posts, when this rank first had a suspicion
@@ -243,6 +246,9 @@ class Watchdog:
         """The verdict, where it is time for one. Everybody's posts are read when this rank has been idle for half of its limit, and
         from the end of it on: who has not posted in between is silent."""
         now, limit = time.monotonic(), self._limit()
+        if now - self._turn > STOPPED * self._period:  # nor could this process move
+            self._before = None
+            return None
         # The first rank judges, unless it is the one that hangs.
         idle = now - self._moved[1] - (0 if self.rank == 0 else 5 + min(self.rank, 8)) * self._period
         if idle < limit / 2:
@@ -263,8 +269,12 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(self._period / 2):
             now, at = time.monotonic(), (self._position.step, self._position.phase, self._position.count)
-            if at != self._moved[0]:
+            was_stopped = now - self._turn > STOPPED * self._period
+            if at != self._moved[0] or was_stopped:
                 self._moved = at, now
+            if was_stopped:
+                self._answered = now
+            self._turn = now
             self._put_off()
             idle = now - self._moved[1]
             verdict = self._verdict

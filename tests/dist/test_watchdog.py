@@ -1,5 +1,7 @@
 """A failure reaches ranks that no collective tells of it, as over NCCL: here none is in a collective."""
 
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -44,3 +46,24 @@ def test_a_failure_reaches_all_ranks(tmp_path: Path, who: int, how: str, code: i
     status = read_json(tmp_path / "status.json")
     assert status is not None and status["state"] == "failed" and reason in status["reason"]
     assert not (tmp_path / "logs" / f"attempt_1_rank_{1 - who}.stacks").exists()
+
+
+def be_stopped(folder: Path) -> list[int]:
+    """The codes with which the watchdog would have ended this process, which was stopped for long."""
+    distributed.init(60)
+    run, codes, position = RunDir(folder), [], Position()
+    run.attempt, position.settled = 1, True
+    watched = watchdog.Watchdog(position, 1.0, run=run, end=codes.append)
+    watched.start()
+    pid = os.getpid()
+    subprocess.run(["sh", "-c", f"kill -STOP {pid}; sleep 6; kill -CONT {pid}"], check=True)
+    for _ in range(20):
+        position.count += 1
+        time.sleep(0.05)
+    watched.stop()
+    return codes
+
+
+def test_the_time_for_which_a_process_was_stopped_is_no_hang(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    assert run_ranks("tests.dist.test_watchdog:be_stopped", 1, {"folder": tmp_path}, timeout=60) == [[]]
