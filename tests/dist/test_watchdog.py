@@ -52,14 +52,23 @@ def be_stopped(folder: Path) -> list[int]:
     """The codes with which the watchdog would have ended this process, which was stopped for long."""
     distributed.init(60)
     run, codes, position = RunDir(folder), [], Position()
-    run.attempt, position.settled = 1, True
+    run.attempt, position.phase, position.settled = 1, "loop", True
     watched = watchdog.Watchdog(position, 1.0, run=run, end=codes.append)
+    post, posted = watched._post, time.monotonic()
+
+    def post_late_when_continued() -> None:
+        nonlocal posted
+        time.sleep(1.0 if time.monotonic() - posted > 3 else 0)
+        posted = time.monotonic()
+        post()
+
+    watched._post = post_late_when_continued
     watched.start()
     pid = os.getpid()
-    subprocess.run(["sh", "-c", f"kill -STOP {pid}; sleep 6; kill -CONT {pid}"], check=True)
-    for _ in range(20):
+    subprocess.run(["sh", "-c", f"sleep 0.3; kill -STOP {pid}; sleep 5; kill -CONT {pid}"], check=True)
+    for _ in range(8):
+        time.sleep(0.2)
         position.count += 1
-        time.sleep(0.05)
     watched.stop()
     return codes
 
