@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import multiprocessing
 import signal
 import sys
 import time
@@ -698,6 +699,8 @@ def run(invocation: Invocation) -> int:
             leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
     attempt.engine.close()
     distributed.shutdown()
+    if multiprocessing.active_children():  # a loader worker that a disk holds, for which the interpreter would wait
+        leave(code)
     return code
 
 

@@ -76,7 +76,7 @@ class Verdict:
     """Why the job ends; the first one that reaches the store is everybody's.
 
     Attributes:
-        rank: who tells of it: of a hang the first rank that can, of a failure the one that failed.
+        rank: who tells of it: of a hang the first rank that can and is not behind, of a failure the one that failed.
         behind: the posts of the ranks that are waited for; ``silent``: those of them that no longer post.
     """
 
@@ -97,8 +97,10 @@ def judge(before: Sequence[Post], now: Sequence[Post]) -> Verdict | None:
         return None
     behind = blame(now, silent)
     idle = min(p.idle for p in heard)
+    # What holds a rank that is behind, a disk perhaps, may hold its word too.
+    speaker = next((p for p in heard if p not in behind), heard[0])
     return Verdict(
-        "hang", EXIT_HUNG, _reason(now, behind, silent, idle), heard[0].rank, [asdict(p) for p in behind], silent
+        "hang", EXIT_HUNG, _reason(now, behind, silent, idle), speaker.rank, [asdict(p) for p in behind], silent
     )
 
 
@@ -292,8 +294,9 @@ class Watchdog:
     def _put_off(self) -> None:
         """The two timers that need no GIL. Other ranks judge a silent one before they fire, and end after its stacks are written."""
         limit = self._limit()
-        faulthandler.dump_traceback_later(limit + 3 * self._period, file=self._file)
         signal.alarm(math.ceil(limit + 40 * self._period + FAILURE_GRACE_S))
+        with contextlib.suppress(RuntimeError):  # no thread more is allowed here; the alarm needs none
+            faulthandler.dump_traceback_later(limit + 3 * self._period, file=self._file)
 
     def _cut_off(self, idle: float) -> None:
         p = self._position
@@ -314,10 +317,10 @@ class Watchdog:
             print(line, file=sys.stderr, flush=True)
             if is_behind:
                 faulthandler.dump_traceback(sys.stderr)
-        with contextlib.suppress(OSError):
-            faulthandler.dump_traceback(self._file)
         if speaks:
             self._record(verdict)
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(self._file)
         # Until all have read the verdict, and a rank that is not heard of has had time to write its stacks.
         # Rank 0 is the last to end, and the store with it.
         time.sleep(((5 if verdict.silent else 3) + 2 * (self.rank == 0)) * self._period)

@@ -169,7 +169,9 @@ def _send(pipe: Connection, ready: "queue.Queue[Chunk | BaseException]") -> None
             pipe.send(message)
     except BrokenPipeError:  # nobody wants more
         pass
-    except BaseException:  # left alone, the rank would wait for this worker for ever; of one that ended it starts another
+    except (
+        BaseException
+    ):  # left alone, the rank would wait for this worker for ever; of one that ended it starts another
         traceback.print_exc()
         os._exit(1)
 

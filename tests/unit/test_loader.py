@@ -86,7 +86,7 @@ def test_a_worker_that_cannot_be_started_again_is_named(
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - before
     worker.kill()
-    with pytest.raises(loader.WorkerLost, match="SIGKILL .*no new one could be started: Resource temporarily unav"):
+    with pytest.raises(loader.WorkerLost, match=r"SIGKILL .*no new one could be started: Resource temporarily unav"):
         for _ in range(100):
             next(batches)
     assert set(multiprocessing.active_children()) == before
