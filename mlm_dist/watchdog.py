@@ -148,9 +148,9 @@ class Watchdog:
         self._position, self._timeout, self._run, self._end = position, timeout, run, end
         self._period = min(1.0, timeout / 10)
         self._host = socket.gethostname()
-        # Not the connection of the process groups: one that waits for a rank keeps the others' calls waiting.
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"watchdog/{run.attempt}", store.clone())
+        self._theirs = store
+        self._connect()
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
         self._where = f"{getattr(store, 'host', '')}:{getattr(store, 'port', '')}"
@@ -219,20 +219,37 @@ class Watchdog:
     # ---- the thread that talks to the store ----
 
     def _talk(self) -> None:
-        try:
-            while not self._done.is_set() and self._verdict is None:
-                self._post()
-                if self._store.check(["end"]):
-                    self._learn(self._store.get("end"))
-                elif mine := self._mine or self._judge():
-                    self._learn(self._store.compare_set("end", "", json.dumps(asdict(mine))))
-                self._answered = time.monotonic()
-                self._wake.wait(self._period)
-                self._wake.clear()
-        except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
-            self._lost = (str(error).partition("\n")[0], time.monotonic())
-        finally:
-            self._settled.set()
+        while not self._done.is_set() and self._verdict is None:
+            try:
+                self._exchange()
+                self._answered, self._lost = time.monotonic(), None
+            except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
+                self._lost = self._lost or (str(error).partition("\n")[0], time.monotonic())
+                self._settled.set()  # for nothing more is heard, unless it comes back
+                self._reconnect()
+            self._wake.wait(self._period)
+            self._wake.clear()
+        self._settled.set()
+
+    def _exchange(self) -> None:
+        self._post()
+        if self._store.check(["end"]):
+            self._learn(self._store.get("end"))
+        elif mine := self._mine or self._judge():
+            self._learn(self._store.compare_set("end", "", json.dumps(asdict(mine))))
+
+    def _connect(self) -> None:
+        """A connection to the store, not that of the process groups: one that waits for a rank keeps the others' calls waiting."""
+        self._store = dist.PrefixStore(f"watchdog/{self._run.attempt}", self._theirs.clone())
+
+    def _reconnect(self) -> None:
+        """Another connection in place of one that broke, where the store is still there. Retried at the next turn."""
+        host, _, port = self._where.rpartition(":")
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            # torch would try for as long as a collective may take.
+            socket.create_connection((host, int(port)), timeout=self._period).close()
+            self._connect()
+            self._settled.clear()
 
     def _learn(self, found: bytes) -> None:
         self._verdict = Verdict(**json.loads(found))
@@ -257,10 +274,20 @@ class Watchdog:
             self._before = None
         if idle < limit / 2 or (self._before is not None and idle < limit):
             return None
-        posts = [Post(**json.loads(p)) for p in self._store.multi_get([str(r) for r in range(self.world_size)])]
+        posts = self._posts(limit)
         if self._before is None or now - self._before[0] > limit:
             self._before = now, posts
         return judge(self._before[1], posts) if now - self._before[0] > 0.4 * limit else None
+
+    def _posts(self, limit: float) -> list[Post]:
+        """What every rank last said; a rank that has not said anything yet is one that does not get any further."""
+        keys = [str(rank) for rank in range(self.world_size)]
+        there = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+        said = dict(zip(there, self._store.multi_get(there), strict=True))
+        return [
+            Post(**json.loads(said[key])) if key in said else Post(rank, "a host unknown", 0, 0, "start", 0, 0.0, limit)
+            for rank, key in enumerate(keys)
+        ]
 
     # ---- the thread that ends the process ----
 
