@@ -324,7 +324,7 @@ class Supervisor:
             if code == EXIT_HUNG:
                 status = self.run.status()
                 say(
-                    f"{status.reason if status else 'the run hangs'}; the run is down, its ranks' stacks are in {self.run.logs}"
+                    f"{(status and status.reason) or 'the run hangs'}; the run is down, its ranks' stacks are in {self.run.logs}"
                 )
                 return
             how = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"exit code {code}"

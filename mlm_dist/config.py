@@ -28,6 +28,7 @@ from mlm_dist.optim import OptimConfig
 from mlm_dist.tracking import TrackConfig
 
 ENV_PREFIX = "MLM_"
+MOST_TIMEOUT_S = 864_000
 # May not change in a run directory at all; the manifest and tokenizer count by fingerprint, not by path.
 IDENTITY = (
     "run.seed run.branch_from",
@@ -111,6 +112,8 @@ class TrainConfig:
             raise UserError(f"train.clip: {self.clip} must be a positive number, or 0 for no clipping.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise UserError(f"train.timeout: {self.timeout} must be a positive number of seconds.")
+        if self.timeout > MOST_TIMEOUT_S:
+            raise UserError(f"train.timeout: {self.timeout} must be at most {MOST_TIMEOUT_S}, which is ten days.")
 
     def progress(self, step: int, read: int, num_bytes: int) -> float:
         """Share of the run that is done, in [0, 1], after ``step`` steps and ``read`` bytes of corpora of ``num_bytes``."""

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import multiprocessing
+import signal
 import sys
 import time
 import traceback
@@ -57,6 +59,9 @@ from mlm_dist.start import Opened, open_run
 from mlm_dist.stragglers import StragglerWatch
 from mlm_dist.tracking import Tracker
 from mlm_dist.watchdog import PATIENCE_S, Watchdog, collective_timeout
+
+# Seconds that a rank has to record its failure and say it.
+FAIL_WITHIN_S = 180
 
 
 class Run:
@@ -643,7 +648,14 @@ class Run:
         gone = self.peers.gone() if isinstance(error, RuntimeError) else ""
         if gone:
             reason = f"{gone}. {reason}"
-        self.watchdog.failing(reason, EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
+        told = self.watchdog.failing(reason, EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
+        signal.alarm(FAIL_WITHIN_S)  # where even this hangs, on a file system that is gone
+        if told is not None and told.rank != rank:  # another rank said why, whatever this one makes of its end
+            reason = told.reason
+            self.dir.claim_failure(reason)
+            is_first = False
+        else:
+            is_first = self.dir.claim_failure(reason)
         if self.is_first and self.dir.is_gone():
             report_user_error(
                 f"run directory {str(self.dir.path)!r} was removed or moved, or another is in its place, so the run ends; what it did after its last "
@@ -651,13 +663,11 @@ class Run:
             )
         elif isinstance(error, UserError):
             report_user_error(error)
-        elif self.dir.claim_failure(reason):
-            if gone:
-                print(reason, file=sys.stderr)
-            else:
-                traceback.print_exception(error)
-        else:
+        elif not is_first:
             print(f"rank {rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr)
+        else:
+            trace = redact("".join(traceback.format_exception(error)))
+            print(reason if gone else trace, file=sys.stderr)
         with contextlib.suppress(OSError):
             path = self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{rank}.traceback"
             path.write_text(redact("".join(traceback.format_exception(error))))
@@ -711,6 +721,8 @@ def run(invocation: Invocation) -> int:
             leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED)
     attempt.engine.close()
     distributed.shutdown()
+    if multiprocessing.active_children():  # a loader worker that a disk holds, for which the interpreter would wait
+        leave(code)
     return code
 
 

@@ -40,6 +40,8 @@ PATIENT = ("start", "checkpoint")
 # A rank whose peer failed, or whose store is gone, has this long to find out by itself what its own error is.
 FAILURE_GRACE_S = 10.0
 MOST_NAMED = 8
+# Periods without a turn of its threads after which the process must have been stopped, and its time begins anew.
+STOPPED = 10
 
 
 def collective_timeout(timeout_s: float) -> float:
@@ -74,7 +76,7 @@ class Verdict:
     """Why the job ends; the first one that reaches the store is everybody's.
 
     Attributes:
-        rank: who tells of it: of a hang the first rank that can, of a failure the one that failed.
+        rank: who tells of it: of a hang the first rank that can and is not behind, of a failure the one that failed.
         behind: the posts of the ranks that are waited for; ``silent``: those of them that no longer post.
     """
 
@@ -89,14 +91,16 @@ class Verdict:
 def judge(before: Sequence[Post], now: Sequence[Post]) -> Verdict | None:
     """The verdict on all ranks' posts, read twice, many posts apart; None while any of them moves."""
     silent = [p.rank for p, earlier in zip(now, before, strict=True) if p.beat == earlier.beat]
-    limit = max(p.limit for p in now)
     heard = [p for p in now if p.rank not in silent]
+    limit = max((p.limit for p in heard), default=0.0)  # what a silent one last said may be of a phase that is over
     if not heard or any(p.idle < limit for p in heard):
         return None
     behind = blame(now, silent)
     idle = min(p.idle for p in heard)
+    # What holds a rank that is behind, a disk perhaps, may hold its word too.
+    speaker = next((p for p in heard if p not in behind), heard[0])
     return Verdict(
-        "hang", EXIT_HUNG, _reason(now, behind, silent, idle), heard[0].rank, [asdict(p) for p in behind], silent
+        "hang", EXIT_HUNG, _reason(now, behind, silent, idle), speaker.rank, [asdict(p) for p in behind], silent
     )
 
 
@@ -144,14 +148,15 @@ class Watchdog:
         self._position, self._timeout, self._run, self._end = position, timeout, run, end
         self._period = min(1.0, timeout / 10)
         self._host = socket.gethostname()
-        # Not the connection of the process groups: one that waits for a rank keeps the others' calls waiting.
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"watchdog/{run.attempt}", store.clone())
+        self._theirs = store
+        self._connect()
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
         self._where = f"{getattr(store, 'host', '')}:{getattr(store, 'port', '')}"
         self._beat = 0
         self._moved: tuple[Any, float] = (None, time.monotonic())  # where it was, since when
+        self._turn = time.monotonic()  # when the thread that looks last did
         self._answered = time.monotonic()  # when the store last did
         self._lost: tuple[str, float] | None = None  # the connection's error, and since when
         self._before: tuple[float, list[Post]] | None = None  # all posts, when this rank first had a suspicion
@@ -191,11 +196,15 @@ class Watchdog:
             if self._path.stat().st_size == 0:
                 self._path.unlink()
 
-    def failing(self, reason: str, code: int) -> None:
+    def failing(self, reason: str, code: int) -> Verdict | None:
         """Tell the other ranks that this one is about to end with ``code``. Does not return when they were hanging before:
-        then its error comes of their end, and so does its own."""
+        then its error comes of their end, and so does its own.
+
+        Returns:
+            The failure that came first, of this rank or of another; None where the store does not say.
+        """
         if not self._threads[1].is_alive():  # not started, or done
-            return
+            return None
         self._failing = True
         self._mine = Verdict("failure", code, reason, self.rank, [], [])
         self._wake.set()
@@ -205,24 +214,42 @@ class Watchdog:
         if self.rank == 0 and self.world_size > 1:  # the store ends with it, so the others read it first
             time.sleep(1.5 * self._period)
         self.stop()
+        return self._verdict
 
     # ---- the thread that talks to the store ----
 
     def _talk(self) -> None:
-        try:
-            while not self._done.is_set() and self._verdict is None:
-                self._post()
-                if self._store.check(["end"]):
-                    self._learn(self._store.get("end"))
-                elif mine := self._mine or self._judge():
-                    self._learn(self._store.compare_set("end", "", json.dumps(asdict(mine))))
-                self._answered = time.monotonic()
-                self._wake.wait(self._period)
-                self._wake.clear()
-        except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
-            self._lost = (str(error).partition("\n")[0], time.monotonic())
-        finally:
-            self._settled.set()
+        while not self._done.is_set() and self._verdict is None:
+            try:
+                self._exchange()
+                self._answered, self._lost = time.monotonic(), None
+            except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
+                self._lost = self._lost or (str(error).partition("\n")[0], time.monotonic())
+                self._settled.set()  # for nothing more is heard, unless it comes back
+                self._reconnect()
+            self._wake.wait(self._period)
+            self._wake.clear()
+        self._settled.set()
+
+    def _exchange(self) -> None:
+        self._post()
+        if self._store.check(["end"]):
+            self._learn(self._store.get("end"))
+        elif mine := self._mine or self._judge():
+            self._learn(self._store.compare_set("end", "", json.dumps(asdict(mine))))
+
+    def _connect(self) -> None:
+        """A connection to the store, not that of the process groups: one that waits for a rank keeps the others' calls waiting."""
+        self._store = dist.PrefixStore(f"watchdog/{self._run.attempt}", self._theirs.clone())
+
+    def _reconnect(self) -> None:
+        """Another connection in place of one that broke, where the store is still there. Retried at the next turn."""
+        host, _, port = self._where.rpartition(":")
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            # torch would try for as long as a collective may take.
+            socket.create_connection((host, int(port)), timeout=self._period).close()
+            self._connect()
+            self._settled.clear()
 
     def _learn(self, found: bytes) -> None:
         self._verdict = Verdict(**json.loads(found))
@@ -238,16 +265,29 @@ class Watchdog:
         """The verdict, where it is time for one. Everybody's posts are read when this rank has been idle for half of its limit, and
         from the end of it on: who has not posted in between is silent."""
         now, limit = time.monotonic(), self._limit()
+        if now - self._turn > STOPPED * self._period:  # nor could this process move
+            self._before = None
+            return None
         # The first rank judges, unless it is the one that hangs.
         idle = now - self._moved[1] - (0 if self.rank == 0 else 5 + min(self.rank, 8)) * self._period
         if idle < limit / 2:
             self._before = None
         if idle < limit / 2 or (self._before is not None and idle < limit):
             return None
-        posts = [Post(**json.loads(p)) for p in self._store.multi_get([str(r) for r in range(self.world_size)])]
+        posts = self._posts(limit)
         if self._before is None or now - self._before[0] > limit:
             self._before = now, posts
         return judge(self._before[1], posts) if now - self._before[0] > 0.4 * limit else None
+
+    def _posts(self, limit: float) -> list[Post]:
+        """What every rank last said; a rank that has not said anything yet is one that does not get any further."""
+        keys = [str(rank) for rank in range(self.world_size)]
+        there = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+        said = dict(zip(there, self._store.multi_get(there), strict=True))
+        return [
+            Post(**json.loads(said[key])) if key in said else Post(rank, "a host unknown", 0, 0, "start", 0, 0.0, limit)
+            for rank, key in enumerate(keys)
+        ]
 
     # ---- the thread that ends the process ----
 
@@ -258,8 +298,12 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(self._period / 2):
             now, at = time.monotonic(), (self._position.step, self._position.phase, self._position.count)
-            if at != self._moved[0]:
+            was_stopped = now - self._turn > STOPPED * self._period
+            if at != self._moved[0] or was_stopped:
                 self._moved = at, now
+            if was_stopped:
+                self._answered = now
+            self._turn = now
             self._put_off()
             idle = now - self._moved[1]
             verdict = self._verdict
@@ -277,8 +321,9 @@ class Watchdog:
     def _put_off(self) -> None:
         """The two timers that need no GIL. Other ranks judge a silent one before they fire, and end after its stacks are written."""
         limit = self._limit()
-        faulthandler.dump_traceback_later(limit + 3 * self._period, file=self._file)
         signal.alarm(math.ceil(limit + 40 * self._period + FAILURE_GRACE_S))
+        with contextlib.suppress(RuntimeError):  # no thread more is allowed here; the alarm needs none
+            faulthandler.dump_traceback_later(limit + 3 * self._period, file=self._file)
 
     def _cut_off(self, idle: float) -> None:
         p = self._position
@@ -299,10 +344,10 @@ class Watchdog:
             print(line, file=sys.stderr, flush=True)
             if is_behind:
                 faulthandler.dump_traceback(sys.stderr)
-        with contextlib.suppress(OSError):
-            faulthandler.dump_traceback(self._file)
         if speaks:
             self._record(verdict)
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(self._file)
         # Until all have read the verdict, and a rank that is not heard of has had time to write its stacks.
         # Rank 0 is the last to end, and the store with it.
         time.sleep(((5 if verdict.silent else 3) + 2 * (self.rank == 0)) * self._period)

@@ -4,7 +4,6 @@ Each has a pipe of its own. The workers of torch's ``DataLoader`` share one, who
 while it writes, which is what a worker does most of the time.
 """
 
-import contextlib
 import os
 import pickle
 import queue
@@ -25,6 +24,8 @@ from mlm_dist.data.lanes import Chunk, Plan, read_lanes, rounds_in_message
 PREFETCH = 1
 # A worker that dies once more than so often in so many seconds is not started again.
 RESTARTS, WITHIN_S = 3, 600.0
+# One that is killed while it waits for a disk that is gone ends when that answers.
+END_S = 5.0
 # A process that another thread forks between these steps would hold the pipe open, and its worker's death would go unheard.
 _FORKING = threading.Lock()
 _CAUSES = {
@@ -35,7 +36,7 @@ _CAUSES = {
 
 
 class WorkerLost(RuntimeError):
-    """A loader worker died again and again."""
+    """A loader worker died again and again, or could not be started again."""
 
 
 def chunks_of_workers(
@@ -52,12 +53,14 @@ def chunks_of_workers(
         died: told, in words, of each worker that died and was started again.
 
     Raises:
-        WorkerLost: one died more than RESTARTS times within WITHIN_S seconds.
+        WorkerLost: one died more than RESTARTS times within WITHIN_S seconds, or no new one could be started.
         Exception: what a worker raised.
     """
     rounds = rounds_in_message(plan, -(-len(lanes) // workers))
-    started = [_Worker(j, plan, lanes[j::workers], first_row, cursors, rounds, died) for j in range(workers)]
+    started: list[_Worker] = []
     try:
+        for j in range(workers):
+            started.append(_Worker(j, plan, lanes[j::workers], first_row, cursors, rounds, died))
         while True:
             yield Chunk.merge([worker.receive() for worker in started])
     finally:
@@ -102,17 +105,23 @@ class _Worker:
     def end(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.join()
+        self._process.join(END_S)
         self._pipe.close()
 
     def _start(self) -> None:
         context = get_context("fork")
         with _FORKING:
-            self._pipe, theirs = context.Pipe(duplex=False)
+            pipe, theirs = context.Pipe(duplex=False)
             args = (theirs, self._plan, self._lanes, self._first_row, self._cursors, self._rounds)
-            self._process = context.Process(target=_work, args=args, name=f"loader-{self._number}", daemon=True)
-            self._process.start()
-            theirs.close()
+            process = context.Process(target=_work, args=args, name=f"loader-{self._number}", daemon=True)
+            try:
+                process.start()
+            except BaseException:
+                pipe.close()
+                raise
+            finally:
+                theirs.close()
+        self._pipe, self._process = pipe, process
 
     def _restart(self) -> None:
         self._process.join()
@@ -123,7 +132,10 @@ class _Worker:
             raise WorkerLost(
                 f"{what}, for the {len(self._deaths)}th time within {WITHIN_S:g} s. Fewer data.workers, or none, need less memory."
             )
-        self._start()
+        try:
+            self._start()
+        except OSError as error:
+            raise WorkerLost(f"{what}, and no new one could be started: {error.strerror}") from error
         self._died(what)
 
 
@@ -151,10 +163,17 @@ def _work(pipe: Connection, plan: Plan, lanes: Sequence[int], first_row: int, cu
 
 def _send(pipe: Connection, ready: "queue.Queue[Chunk | BaseException]") -> None:
     message: Chunk | BaseException | None = None
-    with contextlib.suppress(BrokenPipeError):  # nobody wants more
+    try:
         while not isinstance(message, BaseException):
             message = ready.get()
             pipe.send(message)
+    except BrokenPipeError:  # nobody wants more
+        pass
+    except (
+        BaseException
+    ):  # left alone, the rank would wait for this worker for ever; of one that ended it starts another
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -141,6 +141,29 @@ def test_a_rank_that_is_killed_is_named_and_leaves_no_worker(config: Path) -> No
     assert_same_run(runs / "killed", runs / "whole")
 
 
+def test_memory_that_runs_out_on_one_rank_is_the_reason_on_all(tmp_path: Path) -> None:
+    config = save_config(tmp_path, train={"steps": 100_000})
+    fault = """
+import os
+from mlm_dist.engine import Engine
+from tests.e2e.hangs import inject
+def fault():
+    raise MemoryError
+if os.environ["RANK"] == "1":
+    inject(Engine, "step", fault, 6)
+"""
+    program = Program(config, 2, before=fault).start()
+    try:
+        assert program.wait(60) == [1, 2]
+    finally:
+        program.kill()
+    assert "gone without a word" not in program.output() and "Traceback" not in program.output()
+    remedy = "Set train.micro_batch 1, or auto"
+    assert remedy in program.log(1).read_text()
+    status = read_json(tmp_path / "runs" / "run" / "status.json")
+    assert status["reason"].startswith("rank 1: UserError: ") and remedy in status["reason"]
+
+
 def test_rank_0_killed_under_mlm_launch_is_named_with_exit_code_137(tmp_path: Path) -> None:
     config = save_config(tmp_path, data={"workers": 1}, train={"steps": 100_000})
     run = tmp_path / "runs" / "run"
@@ -179,7 +202,7 @@ def test_a_run_directory_that_is_gone_ends_the_run_and_does_not_come_back(tmp_pa
     finally:
         program.kill()
     assert "was removed or moved" in program.log(0).read_text()
-    assert "Traceback" not in program.output()
+    assert "Traceback" not in program.output() and "gone without a word" not in program.output()
     assert not run.exists()
     if how == "moved":
         done = max(losses(elsewhere))

@@ -185,6 +185,7 @@ def test_wrong_type_names_key_value_and_what_would_be_right(
         ("train.clip", ".nan"),
         ("train.timeout", "0"),
         ("train.timeout", ".nan"),
+        ("train.timeout", "864001"),
         ("data.seq_len", "2"),
         ("data.workers", "-1"),
         ("data.lanes", "0"),

@@ -59,6 +59,18 @@ def test_a_rank_in_a_slow_phase_gets_the_patience_of_that_phase() -> None:
     assert judge(posts, later(posts)) is None
 
 
+def test_a_rank_that_was_last_heard_of_in_a_slow_phase_gets_no_patience() -> None:
+    posts = [post(0), replace(post(1, "start"), limit=1800.0)]
+    verdict = judge(posts, later(posts, silent=(1,)))
+    assert verdict is not None and verdict.silent == [1]
+
+
+def test_the_first_rank_that_is_not_behind_speaks() -> None:
+    posts = [post(0, "checkpoint"), post(1), post(2)]
+    verdict = judge(posts, later(posts))
+    assert verdict is not None and [p["rank"] for p in verdict.behind] == [0] and verdict.rank == 1
+
+
 def test_many_ranks_behind_make_no_endless_reason() -> None:
     posts = [post(rank, "data") for rank in range(500)] + [post(500)]
     verdict = judge(posts, later(posts))
