@@ -14,7 +14,6 @@ from tests.e2e.faulty import FAULTS, fault
 from tests.e2e.program import Program, losses, save_config
 
 COMBINATIONS = [
-    pytest.param(1, "zero0", "fp32", id="1-zero0-fp32"),
     pytest.param(2, "zero0", "bf16", id="2-zero0-bf16"),
     pytest.param(2, "zero1", "fp16", id="2-zero1-fp16"),
     pytest.param(3, "zero2", "bf16_pure", id="3-zero2-bf16_pure"),
