@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from mlm_dist.errors import UserError
-from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics, redact
+from mlm_dist.redact import redact
+from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics
 from mlm_dist.wandb_mirror import read_wandb_file, resolve_mode
 
 KEY = "0123456789" * 4
