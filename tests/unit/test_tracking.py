@@ -423,6 +423,14 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_redact_knows_variables_by_their_names_and_leaves_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"GITLAB_TOKEN": "glpat-canary", "S3_SECRET": "can/ary+can/ary", "DB_PASSWORD": "/work/runs"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    said = "glpat-canary can/ary+can/ary /work/runs/a (http://h/d?password=canary&n=1) ['http://h/d?secret=canary']"
+    assert redact(said) == "*** *** /work/runs/a (http://h/d?password=***&n=1) ['http://h/d?secret=***']"
+
+
 def test_no_secret_reaches_what_wandb_writes(tmp_path: Path) -> None:
     secret = "s3cr3t-value-zz"
     code = f"""
