@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.command import STALE, Call, runner_command
 from mlm_dist.errors import UserError
+from mlm_dist.redact import SECRET_VARIABLE
 
 Slots = dict[str, tuple[int, ...]]  # by host in the order of ranks: its slots, a rank each
 
@@ -21,7 +22,6 @@ EARLY = ("LD_LIBRARY_PATH", "DS_ACCELERATOR")
 PASSED_PREFIXES = ("MLM_", "NCCL_", "GLOO_", "UCX_", "TORCH_", "OMP_", "PYTHON", "HF_", "WANDB_")
 # What the deepspeed launcher would write on command lines by itself, in quotes that do not hold `"`, `$` or a backquote.
 _DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-_SECRET = re.compile(r"_API_KEY|_TOKEN$|^TOKEN$|SECRET|PASSWORD|PASSWD|_PRIVATE_KEY", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 
@@ -106,7 +106,7 @@ def is_plain(word: str) -> bool:
 
 def is_secret(name: str, value: str) -> bool:
     """Whether a variable must stay off files and command lines: by its name, or by a URL with a password in its value."""
-    return bool(_SECRET.search(name) or _URL_PASSWORD.search(value))
+    return bool(SECRET_VARIABLE.search(name) or _URL_PASSWORD.search(value))
 
 
 def passed_on(base: Mapping[str, str], export: Iterable[str]) -> dict[str, str]:

@@ -130,7 +130,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _rendezvous(args: argparse.Namespace, where: RunDir, chosen: hosts.Slots) -> hosts.Place:
     selection = [f"--{k}={v}" for k in ("include", "exclude") if (v := getattr(args, k)) is not None]
-    address = args.master_addr or next(iter(chosen))
+    # Ranks of one host meet on its loopback interface, and stay off the network.
+    address = args.master_addr or (next(iter(chosen)) if len(chosen) > 1 else "127.0.0.1")
     port = args.master_port or hosts.default_port(where.path)
     return hosts.Place(os.path.abspath(args.hostfile), tuple(selection), address, port)
 

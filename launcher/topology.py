@@ -225,7 +225,7 @@ def _tasks_by_node(counts: str) -> list[int]:
 def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
     """The launch variables of one task of `srun`: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and OMP_NUM_THREADS.
 
-    Rank 0 runs on the first node of the step's list. The port follows from the job and the step, so that jobs that share a node
+    Rank 0 runs on the first node of the step's list; ranks of one node meet on its loopback interface. The port follows from the job and the step, so that jobs that share a node
     do not meet; what is set already (MASTER_PORT, OMP_NUM_THREADS) stays. Threads are the task's CPUs, or an even share of the
     node's. Empty outside of `srun`, and where another launcher has set RANK.
     """
@@ -244,7 +244,7 @@ def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"],
         "LOCAL_RANK": "0" if bound else environ["SLURM_LOCALID"],
-        "MASTER_ADDR": nodes[0],
+        "MASTER_ADDR": nodes[0] if len(nodes) > 1 else "127.0.0.1",  # by which a run of one host stays off the network
         "MASTER_PORT": environ.get("MASTER_PORT") or str(20000 + number % 10000),
         "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, min(threads, cpu_count()))),
     }

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A UserError is printed as one message and gives 2, output that nobody takes gives 1."""
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed from the beginning
+            to_null(fd)
+            setattr(sys, name, os.fdopen(fd, "w", closefd=False))
     words = list(sys.argv[1:] if argv is None else argv)
     if " ".join(words[:2]) in COMMANDS:
         words[:2] = [" ".join(words[:2])]

@@ -69,6 +69,17 @@ class Topology:
         return torch.device("cpu")
 
 
+def meeting_point(topology: Topology) -> tuple[str, int]:
+    """Host and port of the job's store, by `MASTER_ADDR` and `MASTER_PORT`. Raises UserError where they name none."""
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not (host and port.isdecimal() and int(port) < 1 << 16):
+        raise UserError(
+            f"environment: MASTER_ADDR={host!r}, MASTER_PORT={port!r}; {topology.world_size} rank(s) need a host and a port to meet at; "
+            "start with mlm-launch, deepspeed or torchrun, which set them"
+        )
+    return host, int(port)
+
+
 def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
     """Joins the job: the default process group (NCCL for CUDA tensors and gloo for CPU ones, or gloo alone) and
     DeepSpeed's.
@@ -82,6 +93,7 @@ def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
         # Port 0: the store listens where it likes, and nobody else has to find it.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(alone)
+    meeting_point(topology)
     cuda = torch.cuda.is_available()
     if cuda:
         if topology.local_rank >= torch.cuda.device_count():
@@ -121,7 +133,7 @@ def _loopback_store(topology: Topology, timeout: timedelta) -> dict[str, Any]:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has the store
         return {}
-    where, port = "127.0.0.1", int(os.environ["MASTER_PORT"])
+    where, port = "127.0.0.1", meeting_point(topology)[1]
     listening = None
     if topology.rank == 0:
         try:

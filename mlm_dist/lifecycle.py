@@ -409,11 +409,9 @@ class _Watcher(threading.Thread):
                 self.run_dir.heartbeat()
                 last = time.monotonic()
             self.flag.gone = self.flag.gone or self.run_dir.is_gone()
-            path = self.run_dir.path / "stop_request"
-            if path.exists():
-                request = read_json(path)
-                if isinstance(request, dict):
-                    self.flag.ask(str(request.get("reason", "stop_request")), bool(request.get("requeue", False)))
+            request = read_json(self.run_dir.path / "stop_request")
+            if request is not None:
+                self.flag.ask(str(request.get("reason", "stop_request")), bool(request.get("requeue", False)))
 
     def stop(self) -> None:
         """End the thread."""

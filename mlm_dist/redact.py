@@ -9,9 +9,13 @@ _SECRET_KEY = re.compile(
     r"(^|[_.-])(api[_-]?key|access[_-]?key([_-]id)?|private[_-]?key|secret([_-]\w+)?|pass(word|wd|phrase)|credentials?|(auth|access|api|hf|bearer|session)[_-]?token)$|^token$",
     re.IGNORECASE,
 )
+# Names of environment variables, among which there are no masks and counts of tokens.
+SECRET_VARIABLE = re.compile(r"_API_KEY|_TOKEN$|^TOKEN$|SECRET|PASSWORD|PASSWD|_PRIVATE_KEY", re.IGNORECASE)
+# The value of such a variable may be the path of a file with the secret. Keys may hold slashes.
+_PATH = re.compile(r"(~|\.{0,2})/")
 _USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@")
 _SIGNED = re.compile(
-    r"([?&](?:X-(?:Amz|Goog)-[A-Za-z-]+|AWSAccessKeyId|Signature|sig|token|key|api_key|access_token)=)[^&\s]+",
+    r"([?&](?:X-(?:Amz|Goog)-[A-Za-z-]+|AWSAccessKeyId|Signature|sig|token|key|api_key|access_token|password|pwd|secret)=)[^&\s'\")\]]+",
     re.IGNORECASE,
 )
 
@@ -21,7 +25,11 @@ def redact(value: Any) -> Any:
     in URLs, signatures of presigned URLs, and the values of environment variables with such names wherever they
     appear.
     """
-    known = [v for k, v in os.environ.items() if len(v) >= 8 and _SECRET_KEY.search(k)]
+    known = [
+        value
+        for name, value in os.environ.items()
+        if len(value) >= 8 and not _PATH.match(value) and (SECRET_VARIABLE.search(name) or _SECRET_KEY.search(name))
+    ]
     return _redact(value, known)
 
 

@@ -15,8 +15,9 @@ import yaml
 
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_json, read_json_lines, read_yaml
+from mlm_dist.redact import redact
 from mlm_dist.report_figure import draw, series, short
-from mlm_dist.tracking import read_metrics, redact
+from mlm_dist.tracking import read_metrics
 
 Record = dict[str, Any]
 

@@ -29,7 +29,7 @@ from mlm_dist.doctor.meeting import GRACE_S, Meeting, Unreachable
 from mlm_dist.doctor.show import document, show, show_json
 from mlm_dist.errors import UserError
 from mlm_dist.lifecycle import EXIT_FAILED, EXIT_FINISHED, EXIT_USER_ERROR
-from mlm_dist.tracking import redact
+from mlm_dist.redact import redact
 
 WAIT_S = 60
 # Seconds that each check may take before the doctor goes on without.

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mlm_dist.distributed import Topology
-from mlm_dist.errors import UserError
+from mlm_dist.distributed import Topology, meeting_point
 
 # Beyond its own deadline, what another rank is given to say that it met its deadline.
 GRACE_S = 10.0
@@ -43,24 +42,20 @@ class Meeting:
             self.store = dist.PrefixStore("doctor", self._connect())
 
     def _connect(self) -> dist.Store:
-        where = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
-        if not (where[0] and where[1].isdigit()):
-            raise UserError(
-                f"environment: MASTER_ADDR={where[0]!r}, MASTER_PORT={where[1]!r}; {self.topology.world_size} ranks need a host and a port to meet at"
-            )
+        host, port = meeting_point(self.topology)
         # torchrun listens at that port itself, and its ranks are all guests.
         listens = self.topology.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             return dist.TCPStore(
-                where[0],
-                int(where[1]),
+                host,
+                port,
                 is_master=listens,
                 timeout=timedelta(seconds=self.wait_s),
                 wait_for_workers=False,  # they are waited for by name
             )
         except (RuntimeError, OSError) as error:
             what = "rank 0 cannot listen at" if listens else "cannot reach rank 0 at"
-            raise Unreachable(f"{what} {where[0]}:{where[1]} ({str(error).splitlines()[0]})") from error
+            raise Unreachable(f"{what} {host}:{port} ({str(error).splitlines()[0]})") from error
 
     def introduce(self, card: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
         """(cards of the ranks that came, in rank order; the ranks that did not come in time), the same on every rank.

@@ -112,3 +112,16 @@ def test_an_environment_that_no_launcher_makes_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
         distributed.Topology.from_env()
+
+
+@pytest.mark.parametrize(("host", "port"), [(None, "29500"), ("127.0.0.1", None), ("127.0.0.1", "http"), ("h", "65536")])
+def test_a_job_without_a_place_to_meet_is_refused(
+    host: str | None, port: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": host, "MASTER_PORT": port}
+    for name, value in launched.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_PORT=.*2 rank.s. need a host and a port to meet at"):
+        distributed.init()

@@ -96,7 +96,7 @@ def test_killed_loader_workers_are_started_again_where_they_were(config: Path) -
     restarted = events(runs / "run", "worker_restarted")
     assert sorted(event["rank"] for event in restarted) == [0, 1, 1]
     assert ["SIGSEGV" in event["what"] for event in restarted] == [False, False, True]
-    assert program.output().count("was started again") == 3
+    assert program.log(0).read_text().count("was started again") == 3
 
 
 def test_a_loader_worker_that_dies_again_and_again_ends_the_run_and_says_why(tmp_path: Path) -> None:
@@ -286,6 +286,7 @@ def test_commands_end_in_silence_where_nobody_reads_on(tmp_path: Path) -> None:
     for shell, code, says in (
         (f"{words} | true", 1, ""),
         (f"PYTHONUNBUFFERED=1 {words} | true", 1, ""),
+        (f"{words} >&-", 0, ""),
         (f"{words} > /dev/full", 1, "error: the output cannot be written: No space left on device\n"),
     ):
         done = subprocess.run(

@@ -423,7 +423,7 @@ def test_script_hands_on_its_arguments_untouched(script: Script) -> None:
     assert code == 0, error
     argv, env = json.loads(Path("seen.json").read_text())
     assert argv == ["--config", "job.yaml", *HOSTILE]
-    assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "here")
+    assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
     assert not script.requeued and not Path("boom").exists()
     assert [r["event"] for r in jobs.records(Path("runs/job"))] == ["began", "ended"]
     assert not list(Path("runs/job/logs").iterdir())

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from mlm_dist.errors import UserError
-from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics, redact
+from mlm_dist.redact import redact
+from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics
 from mlm_dist.wandb_mirror import read_wandb_file, resolve_mode
 
 KEY = "0123456789" * 4
@@ -439,6 +440,14 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
         "cloud": {"api_key": "***", "password": "***", "hf_token": "***", "secret": None, "args": ["--x=***"]},
         "train": {"tokens": 12, "mask_token": "[MASK]"},
     }
+
+
+def test_redact_knows_variables_by_their_names_and_leaves_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"GITLAB_TOKEN": "glpat-canary", "S3_SECRET": "can/ary+can/ary", "DB_PASSWORD": "/work/runs"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    said = "glpat-canary can/ary+can/ary /work/runs/a (http://h/d?password=canary&n=1) ['http://h/d?secret=canary']"
+    assert redact(said) == "*** *** /work/runs/a (http://h/d?password=***&n=1) ['http://h/d?secret=***']"
 
 
 def test_no_secret_reaches_what_wandb_writes(tmp_path: Path) -> None:
