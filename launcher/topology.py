@@ -225,7 +225,8 @@ def _tasks_by_node(counts: str) -> list[int]:
 def slurm_rank(environ: Mapping[str, str]) -> dict[str, str]:
     """The launch variables of one task of `srun`: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and OMP_NUM_THREADS.
 
-    Rank 0 runs on the first node of the step's list; ranks of one node meet on its loopback interface. The port follows from the job and the step, so that jobs that share a node
+    Rank 0 runs on the first node of the step's list; ranks of one node meet on its loopback interface.
+    The port follows from the job and the step, so that jobs that share a node
     do not meet; what is set already (MASTER_PORT, OMP_NUM_THREADS) stays. Threads are the task's CPUs, or an even share of the
     node's. Empty outside of `srun`, and where another launcher has set RANK.
     """
