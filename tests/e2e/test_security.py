@@ -146,7 +146,11 @@ def poisoned(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("only", ["known classes", "classes of its own"])
-def test_code_that_comes_with_a_model_or_tokenizer_is_not_run(poisoned: Path, tmp_path: Path, only: str) -> None:
+def test_code_that_comes_with_a_model_or_tokenizer_is_not_run(
+    poisoned: Path, tmp_path: Path, only: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "n")
     if only == "classes of its own":  # which transformers has no other way to load
         for name, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
             content = json.loads((poisoned / name).read_text())
@@ -157,13 +161,11 @@ def test_code_that_comes_with_a_model_or_tokenizer_is_not_run(poisoned: Path, tm
         pretrained.load(str(poisoned), BertConfig(vocab_size=len(load_pretrained(str(poisoned))), **SIZES))
     with contextlib.suppress(UserError):
         fill_mask.load(str(poisoned))
-    assert not (tmp_path / "ran").exists()
-    sys.path.insert(0, str(poisoned))
-    try:
-        import evil  # type: ignore[import-not-found]  # noqa: F401  # so it would have been seen
-    finally:
-        sys.path.remove(str(poisoned))
-        sys.modules.pop("evil")
+    assert not (tmp_path / "ran").exists() and not asked
+    # With trust it runs, in a process of its own, as it changes transformers' classes; so it would have been seen.
+    code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(poisoned)!r}, trust_remote_code=True)"
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
     assert (tmp_path / "ran").exists()
 
 

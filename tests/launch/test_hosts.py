@@ -144,6 +144,16 @@ def test_secrets_are_on_no_command_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert not set(SECRETS) & set(outer)
 
 
+@pytest.mark.parametrize(("slots", "meet"), [("a slots=2\n", "127.0.0.1"), ("a slots=1\nb slots=1\n", "a")])
+def test_ranks_of_one_host_meet_on_its_loopback_interface(
+    slots: str, meet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    words = ["hosts", "--hostfile", str(hostfile(tmp_path, slots)), "--config", str(tmp_path / "c.yaml"), "--dry-run"]
+    assert cli.main(words) == 0
+    assert f" --master_addr={meet} " in capsys.readouterr().out
+
+
 def test_environment_of_the_deepspeed_launcher() -> None:
     base = {"PATH": "/b", "NCCL_DEBUG": '"$(x)', "PYTHONPATH": "a", "RANK": "1", "PDSH_SSH_ARGS_APPEND": "-v"}
     env = hosts.ssh_environment(base, "/x/a", 222)
