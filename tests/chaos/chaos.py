@@ -84,7 +84,7 @@ class Chaos:
             outcome = getattr(self, event.kind)(event, program)
             told = (
                 f"{number + 1:3} {event.kind:18} at step {at:4}: {outcome}; {at - min(at, self.newest())} steps to take again, "
-                f"down in {time.monotonic() - troubled:.1f} s"
+                f"over after {time.monotonic() - troubled:.1f} s"
             )
         program.finish(ENDED_S)
         assert self.status()["state"] == "finished"
