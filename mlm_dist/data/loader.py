@@ -169,11 +169,9 @@ def _send(pipe: Connection, ready: "queue.Queue[Chunk | BaseException]") -> None
             pipe.send(message)
     except BrokenPipeError:  # nobody wants more
         pass
-    except (
-        BaseException
-    ):  # left alone, the rank would wait for this worker for ever; of one that ended it starts another
+    except BaseException:
         traceback.print_exc()
-        os._exit(1)
+        os._exit(1)  # else the rank would wait for ever; in the place of a worker that ended it starts another
 
 
 def _portable(error: BaseException) -> BaseException:
