@@ -75,7 +75,10 @@ def test_show_marks_masks_and_segments(run) -> None:
     assert len(heads) == 12
     masked = changed = kept = several = 0
     for head, end in zip(heads, [*heads[1:], len(lines)], strict=True):
-        facts = re.fullmatch(r"step 1 row (\d+): (\d+) tokens, (\d+) segments, (\d+) labels", lines[head])
+        facts = re.fullmatch(
+            r"step 1 row (\d+): (\d+) tokens, (\d+) segments, (\d+) labels; epoch 0, \S+ at byte \d+, block \d+",
+            lines[head],
+        )
         assert facts is not None
         segments = [line.split() for line in lines[head + 1 : end]]
         assert len(segments) == int(facts[3])

@@ -260,6 +260,7 @@ def test_terminal_that_goes_away(tmp_path: Path, nohup: bool) -> None:
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup themselves
     )
     os.close(theirs)
     drain = threading.Thread(target=read_all, args=(ours,), daemon=True)
