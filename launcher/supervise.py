@@ -239,9 +239,8 @@ class Supervisor:
                 return
             if linger_deadline is None:
                 if self._over(tree, reports_dir):
-                    failed = LINGER_S / 10 + (
-                        2 * BEAT_S if self._lease else 0.0
-                    )  # the reports of other hosts come late
+                    # In it the others write down why the run failed; the reports of other hosts come late.
+                    failed = LINGER_S / 4 + (2 * BEAT_S if self._lease else 0.0)
                     linger_deadline = now + (failed if tree.code or self._failed() else LINGER_S)
                 elif tree.code is not None and now >= settled and self._reason is None:
                     # The ranks do not notice that the launcher above them is gone.

@@ -677,6 +677,7 @@ class Run:
             self.tracker.finish(1)
         with contextlib.suppress(OSError):
             self.dir.release()
+        self.watchdog.let_others_read()
 
     def _end_now(self, code: int) -> None:
         """What the watchdog does last, in its own thread."""

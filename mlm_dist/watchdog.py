@@ -211,10 +211,13 @@ class Watchdog:
         self._settled.wait(FAILURE_GRACE_S / 2)
         if self._verdict is not None and self._verdict.kind == "hang":
             self._threads[1].join()
-        if self.rank == 0 and self.world_size > 1:  # the store ends with it, so the others read it first
-            time.sleep(1.5 * self._period)
         self.stop()
         return self._verdict
+
+    def let_others_read(self) -> None:
+        """The store ends with rank 0's process: its last wait, when all else is done."""
+        if self.rank == 0 and self.world_size > 1 and self._failing:
+            time.sleep(1.5 * self._period)
 
     # ---- the thread that talks to the store ----
 

@@ -25,6 +25,7 @@ def fail_alone(folder: Path, who: int, how: str) -> list[int]:
     distributed.ControlGroup(60).barrier()
     if rank == who and how == "says so":
         watched.failing("the reason", 2)
+        watched.let_others_read()
     elif rank != who:
         deadline = time.monotonic() + 30
         while not codes and time.monotonic() < deadline:
@@ -70,6 +71,7 @@ def lose_a_connection(folder: Path) -> tuple[list[int], list[int]]:
         watched._store = Broken()
         time.sleep(4)
         watched.failing("the reason", 2)
+        watched.let_others_read()
     deadline = time.monotonic() + 20
     while rank == 0 and not codes and time.monotonic() < deadline:
         time.sleep(0.05)
