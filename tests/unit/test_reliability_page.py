@@ -26,3 +26,10 @@ def test_a_row_names_tests_that_exist(row: str) -> None:
 
 def test_there_are_rows() -> None:
     assert len(ROWS) > 30
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    for file, test in re.findall(r"([\w/]+\.py)::(test_\w+)", (ROOT / "docs" / page).read_text()):
+        target = ROOT / "tests" / file.removeprefix("tests/")
+        assert target.is_file() and re.search(rf"^def {test}", target.read_text(), re.MULTILINE), f"{file}::{test}"
