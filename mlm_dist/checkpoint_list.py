@@ -128,7 +128,9 @@ def entries(source: Path) -> list[Entry]:
         records = read_metrics(metrics) if metrics.is_file() else []
     except UserError:  # damaged; the checkpoints need not be
         records = []
-    validation = {r["step"]: loss for r in records if r["kind"] == "val" and (loss := _number(r.get("loss")))}
+    validation = {
+        r["step"]: loss for r in records if r["kind"] == "val" and (loss := _number(r.get("loss"))) is not None
+    }
     return [entry(path, validation) for path in paths]
 
 

@@ -81,4 +81,6 @@ def discard(paths: Iterable[Path]) -> None:
 
 def void_checkpoints(run_dir: Path, ledger: Ledger) -> list[Path]:
     """All void ones of a run."""
+    if not ledger.skips:  # most runs, which need not read their checkpoints for it
+        return []
     return [reader.path for reader in checkpoint.readers(run_dir) if void(reader, ledger)]

@@ -52,7 +52,6 @@ from mlm_dist.opening import opening_lines
 from mlm_dist.peers import Peers
 from mlm_dist.plan_job import Job
 from mlm_dist.redact import redact
-from mlm_dist.rollback import verdict
 from mlm_dist.schedule import lr_factor
 from mlm_dist.spikes import SpikeGuard
 from mlm_dist.start import Opened, open_run
@@ -444,7 +443,7 @@ class Run:
         told = self.control.gather((result.seen, sorted({astuple(o) for o in stream.origins(batch)})))
         why, facts = "", {}
         if told is not None:
-            cause, ranks, why = verdict([seen for seen, _ in told])
+            cause, ranks, why = rollback.verdict([seen for seen, _ in told])
             blocks = sorted({Origin(*o) for _, part in told for o in part}, key=astuple)
             facts = {"cause": cause, "ranks": ranks, "blocks": [asdict(o) for o in blocks]}
             why += f" (mlm-dist data show --run {self.dir.path} --step {self.step - 1})"
@@ -645,6 +644,7 @@ class Run:
         """Record a failure; the first rank that fails shows its traceback, the others one line. Does what it can on a full disk."""
         rank = self.topology.rank
         reason = redact(f"rank {rank}: {type(error).__name__}: {error}")
+        trace = redact("".join(traceback.format_exception(error)))
         gone = self.peers.gone() if isinstance(error, RuntimeError) else ""
         if gone:
             reason = f"{gone}. {reason}"
@@ -666,11 +666,10 @@ class Run:
         elif not is_first:
             print(f"rank {rank} ends after another rank's failure ({type(error).__name__})", file=sys.stderr)
         else:
-            trace = redact("".join(traceback.format_exception(error)))
             print(reason if gone else trace, file=sys.stderr)
         with contextlib.suppress(OSError):
             path = self.dir.path / "logs" / f"attempt_{self.dir.attempt}_rank_{rank}.traceback"
-            path.write_text(redact("".join(traceback.format_exception(error))))
+            path.write_text(trace)
         with contextlib.suppress(OSError):
             self.dir.failed(self.step, reason)
         if self.tracker:
