@@ -28,16 +28,8 @@ from mlm_dist.plan_job import Job
 # Share of what is needed that must be free beside it, for what no trial has: NCCL's communicators, pieces that nothing fits into, a batch ahead. Half of the
 # planner's margin, so that a right prediction that fits passes its trial.
 SLACK = MARGIN / 2
-# In the errors that torch, cuBLAS, cuDNN, NCCL and oneDNN have no class of their own for, in lower case. oneDNN names no cause (uxlfoundation/oneDNN#914: its
-# code is out_of_memory); where the address space is small it is the first to ask in vain, for the page that its generated code goes to.
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "status_alloc_failed",
-    "failed to cuda malloc",
-    "could not create a primitive",
-    "could not execute a primitive",
-)
+# In the errors that torch, cuBLAS, cuDNN and NCCL have no class of their own for, in lower case.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed", "failed to cuda malloc")
 
 
 class Control(Protocol):

@@ -220,7 +220,6 @@ def test_a_failed_allocation_on_the_host_is_one_of_memory() -> None:
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "NCCL error in: x.cpp:1, unhandled cuda error. Last error:\nFailed to CUDA malloc 4194304 bytes",
         "NCCL error. Last error:\nCuda failure 2 'Out of memory'",
-        "could not create a primitive",
     ],
 )
 def test_so_is_what_libraries_say(text: str) -> None:
