@@ -1,6 +1,9 @@
 """The reference is what the code says: config keys, commands, and the lines of a run's files."""
 
+import argparse
 import ast
+import importlib
+import json
 import re
 from collections import defaultdict
 from dataclasses import fields
@@ -9,13 +12,19 @@ from pathlib import Path
 import pytest
 
 from docs import generate
+from launcher.cli import make_parser as launch_parser
 from mlm_dist.checkpoint.writer import Failure
+from mlm_dist.cli import COMMANDS
 from mlm_dist.config import known_keys
 from mlm_dist.data.block import DataFault
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.stragglers import Straggler
 from tests.corpora import documents, save_corpus
+from tests.docs.shell import PAGES
 from tests.ranks import ROOT
+
+# Names of files, which look like keys.
+FILES = ("jsonl", "json", "yaml", "py", "safetensors", "sbatch")
 
 
 @pytest.mark.parametrize("name", ["config.md", "cli.md"])
@@ -27,6 +36,50 @@ def test_the_page_is_what_the_code_gives(name: str, monkeypatch: pytest.MonkeyPa
 def test_every_key_is_in_the_page() -> None:
     page = (ROOT / "docs/reference/config.md").read_text()
     assert re.findall(r"^\| `([\w.]+)`", page, re.MULTILINE) == known_keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_key_that_a_page_names_is_one(page: Path) -> None:
+    sections = {key.split(".")[0] for key in known_keys()}
+    for section, key in re.findall(r"`(?:--)?(\w+)\.([a-z_]+)\b(?![./(*])", page.read_text()):
+        if section in sections and key not in FILES:
+            assert f"{section}.{key}" in known_keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_and_flag_in_the_text_is_one(page: Path) -> None:
+    for text in re.findall(r"`((?:mlm-dist|mlm-launch) [^`]+)`", page.read_text()):
+        known = flags(text.split())
+        assert known is not None, text
+        for flag in re.findall(r"(?<= )--?[a-zA-Z][\w.-]*", text):
+            assert flag in known or flag.removeprefix("--") in known_keys(), (text, flag)
+
+
+def flags(words: list[str]) -> set[str] | None:
+    """The flags of the command that ``words`` begin with; None where there is no such command."""
+    if words[0] == "mlm-launch":
+        found = [p for a in launch_parser()._actions for p in (a.choices or {}).items()]
+        parsers = [parser for name, parser in found if re.fullmatch(words[1].strip("{}").replace(",", "|"), name)]
+    elif words[1] == "train":
+        return {"--config", "--allow_change", "--allow-change"}
+    else:
+        names = [name for name in COMMANDS if name in (words[1], " ".join(words[1:3]))]
+        parsers = [argparse.ArgumentParser() for _ in names]
+        for name, parser in zip(names, parsers, strict=True):
+            importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+    below = [
+        p for parser in parsers for a in parser._actions if isinstance(a.choices, dict) for p in a.choices.values()
+    ]
+    return {f for p in (*parsers, *below) for a in p._actions for f in a.option_strings} if parsers else None
+
+
+def test_trainers_flags_are_trainers() -> None:
+    from transformers import TrainingArguments
+
+    _, _, table = (ROOT / "docs/from_run_mlm.md").read_text().partition("| Trainer | here |")
+    named = {flag for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for flag in re.findall(r"`--(\w+)`", row)}
+    assert len(named) > 25
+    assert named <= {f.name for f in fields(TrainingArguments)}
 
 
 def tables(page: str) -> dict[str, dict[str, set[str]]]:
@@ -79,8 +132,6 @@ def test_every_line_of_jobs_is_in_the_page() -> None:
 
 
 def test_every_field_of_a_manifest_is_in_the_page(tmp_path: Path) -> None:
-    import json
-
     page = (ROOT / "docs/manifest.md").read_text()
     told = set(re.findall(r"`(?:shards\[\]\.)?(\w+)`", page))
     content = json.loads(save_corpus(tmp_path, documents(20)).read_text())
