@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,9 +88,7 @@ class Lab:
     def run(self, command: str) -> Done:
         """Run a command as it stands; what ``mlm-launch`` would start on other hosts or as many ranks is shown by its dry run, and then run as one rank."""
         if command not in self.done:
-            began = time.monotonic()
             self.done[command] = self._run(command)
-            print(f"{time.monotonic() - began:.1f} s {command[:90]}", file=sys.__stderr__)
         return self.done[command]
 
     def _run(self, command: str) -> Done:
@@ -107,7 +104,7 @@ class Lab:
         if argv[1] not in ("local", "hosts", "slurm"):
             return self.shell.run(argv)
         if command == LAUNCHED:
-            return self.shell.run(argv, timeout=180)
+            return self.shell.run(argv, timeout=300)
         dry = self.shell.run(argv if "--dry-run" in argv else [*argv, "--dry-run"])
         if dry.code or "--dry-run" in argv or argv[1] != "local":
             return dry

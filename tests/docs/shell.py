@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 from launcher.run_dir import RunDir
 from tests.ranks import ROOT
@@ -86,6 +88,8 @@ class Shell:
     def __post_init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.docs.preload"])
+        with mock.patch.dict(os.environ, self.environ):  # what torch and DeepSpeed read when they are imported
+            forkserver.ensure_running()
 
     def run(self, argv: list[str], *, stop: tuple[Path, int] | None = None, timeout: float = 90.0) -> Done:
         """Run one of MAINS with its arguments.
