@@ -137,7 +137,7 @@ def _argument(action: argparse.Action) -> str:
     assert isinstance(value, str)
     if action.nargs in ("*", "+"):
         value += "..."
-    value = value.replace("|", "\\|")
+    value = value.replace("|", " or ")
     if not action.option_strings:
         return f"`{value}`"
     takes = "" if action.nargs == 0 else f" {value}"
