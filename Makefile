@@ -15,7 +15,7 @@ SHELL_SCRIPTS = $(shell find . \( -path ./.git -o -path ./$(VENV) -o -path ./bui
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test cpu-adam resize-matrix cluster-tools lint audit check format fuzz chaos clean
+.PHONY: help setup demo smoke test docs cpu-adam resize-matrix cluster-tools lint audit check format fuzz chaos clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -52,6 +52,10 @@ smoke: $(STAMP) ## the same in seconds: 20 steps of a tiny BERT, in one process
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+docs: $(STAMP) ## write the reference from the code and build the site into site/, strictly: a link that leads nowhere is an error
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 cpu-adam: $(STAMP) ## compile DeepSpeed's CPU Adam (two minutes, a C++ compiler), so that its tests run
 	DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
 
@@ -84,5 +88,5 @@ format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what was built, but no data, no runs and not .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -326,13 +326,13 @@ def _wrong_value(message: str) -> str:
     if not found or f"{found[1]}.{found[2]}" not in known_keys():
         return message
     hint = typing.get_type_hints(typing.get_type_hints(Config)[found[1]])[found[2]]
-    return f"{found[1]}.{found[2]}: {found[3]!r} is wrong; it must be {_in_words(hint)}."
+    return f"{found[1]}.{found[2]}: {found[3]!r} is wrong; it must be {in_words(hint)}."
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_in_words(part) for part in parts)
+        return " or ".join(in_words(part) for part in parts)
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin is tuple:
