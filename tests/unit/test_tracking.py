@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from mlm_dist.errors import UserError
+from mlm_dist.json_lines import JsonLines
 from mlm_dist.redact import redact
-from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics
+from mlm_dist.tracking import TrackConfig, Tracker, read_metrics
 from mlm_dist.wandb_mirror import read_wandb_file, resolve_mode
 
 KEY = "0123456789" * 4
@@ -225,12 +226,10 @@ def test_a_netrc_entry_for_the_server_in_use_is_a_login(tmp_path: Path) -> None:
 
 
 def test_wandb_holds_what_was_logged_with_our_axis(tmp_path: Path) -> None:
-    tracker = Tracker(
-        tmp_path, TrackConfig(wandb="offline"), {"optim": {"lr": 0.1}}, attempt=1, facts={"unigram_entropy": 6.5}
-    )
+    tracker = Tracker(tmp_path, TrackConfig(wandb="offline"), {"optim": {"lr": 0.1}}, attempt=1)
     assert tracker.mode == "offline"
     for step in (10, 20):
-        tracker.log(train(step))
+        tracker.log(train(step, data_wait=0.5, time_forward=0.25, memory_gib=1.5))
     tracker.log({"kind": "val", "step": 20, "loss": 2.0})
     tracker.finish(0)
     rows = wandb_rows(tmp_path)
@@ -239,22 +238,18 @@ def test_wandb_holds_what_was_logged_with_our_axis(tmp_path: Path) -> None:
         (20, 5 / 21, None),
         (20, None, 2.0),
     ]
-    assert rows[0]["perf/tokens_per_s"] == 10.0 and rows[0]["train/lr"] == 1e-4 and rows[0]["train/skipped"] == 0
+    groups = {"train/lr": 1e-4, "train/skipped": 0, "perf/tokens_per_s": 10.0, "perf/time_forward": 0.25}
+    groups |= {"data/data_wait": 0.5, "system/memory_gib": 1.5, "system/attempt": 1, "system/world_size": 1}
+    assert {key: rows[0][key] for key in groups} == groups
+    assert not any(key.startswith(("train/", "perf/", "data/", "system/")) for key in rows[2])
     (path,) = tmp_path.glob("wandb/attempt_0001/wandb/offline-run-*/run-*.wandb")
     records = list(read_wandb_file(path))
     axes = {r.metric.glob_name: r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"}
-    assert {axes["train/*"], axes["val/*"], axes["perf/*"]} == {"global_step"}
+    assert {axes[f"{group}/*"] for group in ("train", "val", "perf", "data", "system")} == {"global_step"}
     (run,) = wandb_runs(tmp_path)
     assert run.run_id == tracker.wandb_id and run.project == "mlm_dist" and run.display_name == tmp_path.name
     config = {u.key: json.loads(u.value_json) for u in run.config.update}
     assert config["optim"] == {"lr": 0.1}
-    summary = {
-        (u.key or u.nested_key[0]): u.value_json
-        for r in records
-        if r.WhichOneof("record_type") == "summary"
-        for u in r.summary.update
-    }
-    assert json.loads(summary["unigram_entropy"]) == 6.5
     assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [0]
 
 
