@@ -97,7 +97,7 @@ class Sampler:
     def _text(self, micro_batch: MicroBatch, place: int) -> dict[str, Any]:
         ids, segment = micro_batch["input_ids"].flatten(), _segments(micro_batch)
         at = int(micro_batch["selected"][place])
-        inside = (segment == segment[at]).nonzero()[:, 0]
+        inside = (segment == segment[at]).nonzero()[1:-1, 0]  # without [CLS] and [SEP]
         first, last = max(int(inside[0]), at - AROUND), min(int(inside[-1]), at + AROUND)
         decode = self._tokenizer.decode
         before, after = decode(ids[first:at].tolist()), decode(ids[at + 1 : last + 1].tolist())

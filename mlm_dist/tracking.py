@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from mlm_dist.artifacts import Choice, due, kept
 from mlm_dist.errors import UserError
@@ -79,6 +79,14 @@ class TrackConfig:
             )
 
 
+class Shown(Protocol):
+    """Where people see a run."""
+
+    def record(self, record: Record) -> None: ...
+
+    def event(self, event: Record) -> None: ...
+
+
 # Of a record: its loss, and the number of ranks that it was taken on.
 _Summary = tuple[Any, Any]
 
@@ -94,6 +102,7 @@ class Tracker:
             one.
         world_size: written to each record; a step replayed by as many ranks should give the same loss.
         name: the W&B run's name; by default the run directory's.
+        shown: gets each record and event too.
     """
 
     def __init__(
@@ -106,9 +115,11 @@ class Tracker:
         wandb_id: str | None = None,
         world_size: int = 1,
         name: str | None = None,
+        shown: Shown | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.attempt = attempt
+        self._shown = shown
         self._world_size, self._artifacts = world_size, cfg.artifacts
         self.name = name or self.run_dir.resolve().name
         self._differed = False
@@ -170,6 +181,8 @@ class Tracker:
             whole = {"step": line["step"], "attempt": line["attempt"], "time": line["time"], "rows": predictions}
             self._predictions.append(whole)
         self._metrics.append(line)
+        if self._shown:
+            self._shown.record(line)
         key = (line["kind"], line["step"])
         before = self._rows.get(key)
         if before is not None:  # a step replayed after a restart: W&B has it
@@ -190,6 +203,8 @@ class Tracker:
         """
         line = {"time": time.time(), "attempt": self.attempt, **redact(plain(record))}
         self._events.append(line, sync=True, required=required)
+        if self._shown:
+            self._shown.event(line)
         self._alert_of(line)
         if line["kind"] == "finished":
             self.checkpoints(finished=True)
@@ -213,7 +228,7 @@ class Tracker:
             status = read_json(self.run_dir / "status.json") or {}
             self._alert("hang", str(status.get("reason", "")))
             if self._mirror:
-                self._mirror.finish(1, timeout)
+                self._mirror.finish(1, timeout / 2)  # then a service that does not answer is killed
 
         thread = threading.Thread(target=tell, name="last-words", daemon=True)
         thread.start()

@@ -84,7 +84,9 @@ class Run:
         self.allow_change = invocation.allow_change
         self.dir = RunDir(self.config.run.path())
         self.is_first = topology.rank == 0
-        self.console = RunConsole(self.config.train.steps, self.is_first)
+        self.console = RunConsole(
+            self.dir.path.name, self.config.train.steps, self.config.checkpoint.every, self.is_first
+        )
         self.flag = StopFlag()
         self.position = position
         self.clock = StepClock(topology.device, position)
@@ -270,6 +272,7 @@ class Run:
             attempt=self.dir.attempt,
             wandb_id=self.wandb_id,
             world_size=world,
+            shown=self.console,
         )
         write_json(self.dir.path / "ds_config.json", self.inputs.ds_config)
         chosen = {
@@ -297,7 +300,6 @@ class Run:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
         config = self.config
         self.position.step, self.position.phase = self.step, "loop"
-        self.console.begin(self.progress())
         if config.train.steps is not None and self.step >= config.train.steps:
             return self._end("finished")
         if config.eval.every and self.step and self.step % config.eval.every == 0 and self.validated_step != self.step:
@@ -522,8 +524,6 @@ class Run:
             return
         seen = selected if result is not None else 0
         loss = math.fsum(p[0] for p in parts) / seen if seen else math.nan
-        epoch = self.bytes / self.inputs.num_bytes
-        progress = self.progress()
         record: dict[str, Any] = {
             "kind": "train",
             "step": self.step,
@@ -535,8 +535,8 @@ class Run:
             "tokens": self.tokens,
             **speed,
             **self.stragglers.slowest,
-            "epoch": epoch,
-            "progress": progress,
+            "epoch": self.bytes / self.inputs.num_bytes,
+            "progress": self.progress(),
             "memory_gib": peak_memory_gib(self.topology.device),
             "selected": selected,
             "skipped": self.skipped,
@@ -546,7 +546,6 @@ class Run:
             record["loss_scale"] = self.engine.loss_scale
         self.tracker.log({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         self.dir.status("running", self.step)
-        self.console.train(self.step, epoch, progress, loss, speed["tokens_per_s"], lr, speed.get("mfu"))
 
     def validate(self) -> None:
         """Measure the validation set, if there is one, and log it."""
