@@ -26,17 +26,17 @@ SPARK = 48
 # Kinds of events that a person should see, and how they are told.
 _EVENTS = {
     "rollback": "back to step {to}: {why}",
-    "skipped_step": "step {step} skipped: {why}",
+    "skipped_step": "skipped: {why}",
     "data_loss": "lost {documents} document(s) of {shard}: {cause}",
-    "checkpoint_failed": "the checkpoint of step {step} could not be written: {reason}",
+    "checkpoint_failed": "the checkpoint could not be written: {reason}",
     "straggler": "rank {rank} on {host} is slow in {cause}",
     "straggler_gone": "rank {rank} on {host} is no longer slow in {cause}",
-    "replay_differs": "step {step} was replayed with another loss",
+    "replay_differs": "replayed with another loss",
     "worker_restarted": "rank {rank}: {what}",
     "hang": "{reason}",
     "wandb": "{message}",
     "tensorboard": "{message}",
-    "stopped": "stopped at step {step}: {reason}",
+    "stopped": "stopped: {reason}",
 }
 
 
@@ -189,7 +189,7 @@ def line(view: View) -> str:
         f"done {view.progress:.0%}",
         None if view.data_share is None else f"data wait {view.data_share:.0%}",
         None if view.memory is None else f"memory {view.memory:.1f} GiB",
-        None if view.slowest is None else f"slowest {view.slowest[0][:40]} +{view.slowest[1]:.3f} s",
+        None if view.slowest is None else f"slowest {view.slowest[0][-30:]} +{view.slowest[1]:.3f} s",
         None if view.checkpoint_in is None else f"checkpoint in {view.checkpoint_in}",
     ]
     return "  ".join(part for part in parts if part)
@@ -208,7 +208,8 @@ def panel(view: View, title: str, *, state: str = "", trouble: bool = False) -> 
         head.append(f"   epoch {view.epoch:.2f}")
     if view.left:
         head.append(f"   left {span(view.left)}")
-    bar = ProgressBar(total=1.0, completed=view.progress)
+    bar = Table.grid(expand=True)  # by itself it does not end its line
+    bar.add_row(ProgressBar(total=1.0, completed=view.progress))
     grid = Table.grid(padding=(0, 2))
     for label, value in _facts(view):
         grid.add_row(Text(label, style="dim"), value)
