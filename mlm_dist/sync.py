@@ -101,7 +101,7 @@ def send(replay: Replay, directory: Path, *, offline: bool, entity: str | None =
         Rows that were there already, and rows sent.
 
     Raises:
-        UserError: the server refuses or cannot be reached.
+        UserError: the server refuses or cannot be reached, or the W&B run holds what is not this run's.
     """
     import wandb
 
@@ -110,7 +110,13 @@ def send(replay: Replay, directory: Path, *, offline: bool, entity: str | None =
         run = init(wandb, directory, "offline" if offline else "online", entity=entity, **start)
     except Exception as error:
         raise UserError(f"W&B: {error}\nWithout a network: --offline.") from error
-    held = 0 if offline else min(int(run.step), len(replay.rows))
+    held = 0 if offline else int(run.step)
+    if held > len(replay.rows):
+        run.finish()
+        raise UserError(
+            f"W&B: run {replay.id} holds {held} rows, and {replay.path} has {len(replay.rows)}: segments of it overlap there, or it is another's. "
+            "Send all into a new one: --id NEW"
+        )
     for row in range(held, len(replay.rows)):
         run.log(to_row(*replay.rows[row]), step=row, commit=True)
     # In the summary, so that sending again replaces it. Nobody is alerted of what is long past.

@@ -41,8 +41,11 @@ class TensorBoard:
         self._queue: queue.SimpleQueue[tuple[Record, Sequence[Record]] | None] = queue.SimpleQueue()
         for item in history:
             self._queue.put(item)
+        self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name="tensorboard", daemon=True)
         self._thread.start()
+        # Loader workers are forked soon after, and a fork in the middle of an import would leave its lock held in the child.
+        self._ready.wait(60)
 
     def put(self, record: Record, predictions: Sequence[Record] = ()) -> None:
         """Queue one record. Never blocks, never raises."""
@@ -57,11 +60,13 @@ class TensorBoard:
     def _main(self) -> None:
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.plugins.text import summary_v2  # noqa: F401  # for _events
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             old = list(self._directory.glob("*")) if self._directory.exists() else []
             writer = EventFileWriter(str(self._directory))
             # A TensorBoard that is open meanwhile forgets what it has read of the old file.
+            self._ready.set()
             writer.add_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
             for path in old:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -75,6 +80,8 @@ class TensorBoard:
             self._warn(
                 f"TensorBoard gets nothing more in this attempt, and all of it in the next ({type(error).__name__}: {error})"
             )
+        finally:
+            self._ready.set()
 
 
 def _events(record: Record, predictions: Sequence[Record]) -> Iterable[Any]:

@@ -147,6 +147,7 @@ class Tracker:
                 config=config,
                 attempt=attempt,
                 history=history,
+                tables=cfg.predictions is not None,
                 warn=self._warn_mirror,
             )
         self._board = TensorBoard(self.run_dir / "tensorboard", history, self._warn_mirror) if cfg.tensorboard else None
@@ -241,7 +242,7 @@ class Tracker:
         mirror, self._mirror = self._mirror, None
         board, self._board = self._board, None
         if board:
-            board.finish(timeout)
+            board.finish(min(timeout, 60.0))
         if mirror:
             mirror.finish(exit_code, timeout)
         self._metrics.close()

@@ -183,6 +183,7 @@ class Mirror:
         mode: ``online`` falls back to ``offline`` when the server cannot be reached within 30 s.
         config: already free of secrets.
         history: the records of ``metrics.jsonl`` so far, in row order, each with its predictions; those that W&B lacks are sent first.
+        tables: there will be predictions.
         warn: called with one line of text, at most once for a failure that ends the mirroring of this attempt.
     """
 
@@ -197,13 +198,14 @@ class Mirror:
         config: Mapping[str, Any],
         attempt: int,
         history: Sequence[tuple[Record, Sequence[Record]]],
+        tables: bool,
         warn: Callable[[str], None],
     ) -> None:
         self.mode: Mode = mode
         self._root = directory
         self._directory = directory / f"attempt_{attempt:04d}"
         self._start_args = {"id": run_id, "project": project, "name": name, "config": dict(config)}
-        self._warn = warn
+        self._tables, self._warn = tables, warn
         self._broken = False
         self._exit_code = 0
         self._queue: queue.Queue[Callable[[Any], Any] | None] = queue.Queue(_QUEUE_ROWS)  # what to do with the W&B run
@@ -255,6 +257,9 @@ class Mirror:
         try:
             try:
                 run = self._open()
+                if self._tables:
+                    with contextlib.suppress(ImportError):
+                        import pandas  # noqa: F401  # as wandb does at its first table, see __init__
                 held = self._held(run, len(history))
             finally:
                 self._ready.set()

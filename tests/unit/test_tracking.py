@@ -494,6 +494,7 @@ def test_checkpoints_become_artifacts_that_refer_to_them(tmp_path: Path) -> None
         config={},
         attempt=1,
         history=[],
+        tables=False,
         warn=print,
     )
     mirror.checkpoint(run_dir / "checkpoints" / "step_10", ["step_10", "best"], {"step": 10})
