@@ -1,11 +1,16 @@
 """How a run stands: what the console and ``mlm-dist watch`` make of its records."""
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -243,3 +248,42 @@ def test_a_lock_of_another_host_is_judged_by_its_heartbeat(tmp_path: Path, monke
     assert "its process is gone" in standing({"state": "running"}, float("inf")).state
     lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": 1}))
     assert heart.silence() == float("inf")
+
+
+def on_terminal(code: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of Python under a terminal of 100 columns."""
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    command = [sys.executable, "-c", code, *arguments]
+    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    with subprocess.Popen(command, stdout=other, stderr=other, cwd=ROOT, env=environ) as process:
+        os.close(other)
+        output = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while data := os.read(main, 65536):
+                output += data
+        return process.wait(30), output.decode()
+
+
+def test_a_terminal_gets_a_panel_with_lines_above_it() -> None:
+    code = f"""
+from mlm_dist.console import RunConsole
+with RunConsole("demo", 100, 50, enabled=True) as console:
+    console.record({train(40)!r})
+    console.event({{"kind": "skipped_step", "step": 41, "why": "a loss was not finite"}})
+    console.say("a line that stays")
+"""
+    exit_code, output = on_terminal(code)
+    last = output[output.rindex("╭") :]
+    assert exit_code == 0 and "step 40 / 100" in last and "a loss was not finite" in last
+    assert output.index("a line that stays") < output.rindex("╭")
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_watch_on_a_terminal_ends_with_the_run(tmp_path: Path) -> None:
+    run_dir(tmp_path / "demo", state="failed", reason="the run hangs: rank 1 on node2 is in step 21")
+    code = "import sys; from mlm_dist.cli import main; sys.exit(main(['watch', *sys.argv[1:]]))"
+    for flags in ((), ("--once",)):
+        exit_code, output = on_terminal(code, str(tmp_path / "demo"), *flags)
+        last = output[output.rindex("╭") :]
+        assert exit_code == 76 and "step 20 / 100" in last and "rank 1 on node2" in last and "demo" in last
