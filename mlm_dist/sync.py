@@ -105,6 +105,16 @@ def send(replay: Replay, directory: Path, *, offline: bool, entity: str | None =
     """
     import wandb
 
+    try:
+        return _send(wandb, replay, directory, offline, entity)
+    finally:
+        with contextlib.suppress(SystemExit):  # it exits with the service's code
+            wandb.teardown()  # only then is what it writes whole; and a service that stays would hold the run
+        if os.environ.get("WANDB_DATA_DIR") == str(directory):  # init's; the next run has its own
+            del os.environ["WANDB_DATA_DIR"]
+
+
+def _send(wandb: Any, replay: Replay, directory: Path, offline: bool, entity: str | None) -> tuple[int, int]:
     start = {"id": replay.id, "project": replay.project, "name": replay.path.resolve().name, "config": replay.config}
     try:
         run = init(wandb, directory, "offline" if offline else "online", entity=entity, **start)
@@ -128,8 +138,6 @@ def send(replay: Replay, directory: Path, *, offline: bool, entity: str | None =
     for checkpoint, aliases in due(replay.artifacts, kept(replay.path), (), finished=replay.finished):
         log_checkpoint(run, checkpoint.path, aliases, checkpoint.facts)
     run.finish(exit_code=0)
-    with contextlib.suppress(SystemExit):  # it exits with the service's code
-        wandb.teardown()  # only then is what it writes whole
     return held, len(replay.rows) - held
 
 

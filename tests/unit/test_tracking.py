@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ KEY = "0123456789" * 4
 
 
 @pytest.fixture(autouse=True)
-def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    yield
+    os.environ.pop("WANDB_DATA_DIR", None)
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
