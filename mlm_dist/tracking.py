@@ -218,7 +218,12 @@ class Tracker:
             return
         told = [e for e in read_json_lines(self.run_dir / "events.jsonl") if e.get("kind") == "artifact"]
         sent = {(e["step"], e["made"]) for e in told}
-        for checkpoint, aliases in due(self._artifacts, kept(self.run_dir), sent, finished=finished):
+        try:
+            there = kept(self.run_dir)
+        except OSError as error:
+            self._warn_mirror(f"W&B gets no artifact of the last checkpoint ({error})")
+            return
+        for checkpoint, aliases in due(self._artifacts, there, sent, finished=finished):
             self._mirror.checkpoint(checkpoint.path, aliases, checkpoint.facts)
             self.event({"kind": "artifact", **checkpoint.facts, "aliases": aliases})
 
