@@ -27,6 +27,8 @@ COMMANDS = {
     "checkpoint": ("mlm_dist.checkpoint_command", "list, verify, and convert from and to DeepSpeed's format"),
     "export": ("mlm_dist.export", "stock BERT weights, tokenizer and model card"),
     "fill-mask": ("mlm_dist.fill_mask", "fill [MASK] in sentences"),
+    "watch": ("mlm_dist.watch_command", "how a run elsewhere stands, by its directory"),
+    "sync": ("mlm_dist.sync", "replay a run's metrics into W&B"),
     "report": ("mlm_dist.report", "picture and page of a run"),
 }
 # These take run-config flags (--train.steps 10) besides their own.

@@ -1,18 +1,20 @@
-"""What rank 0 shows while a run goes on: a bar on a terminal, plain lines in a log file."""
+"""What rank 0 shows while a run goes on: a panel on a terminal, plain lines in a log file."""
 
 import contextlib
 import io
 import os
 import sys
-import time
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
 
 from mlm_dist.files import to_null
+from mlm_dist.records import Record
 from mlm_dist.redact import redact
+from mlm_dist.view import Cadence, History, View, line, panel
 
 
 class _Fd(io.FileIO):
@@ -56,38 +58,36 @@ def _number(stream: Any) -> int | None:
 
 
 class RunConsole:
-    """Progress of one attempt; as a context it owns the bar.
+    """Progress of one attempt on rank 0; as a context it owns the panel of a terminal.
 
     Args:
+        name: the run's.
         steps: steps of the whole run, or None when it is counted in epochs.
+        checkpoint_every: steps between checkpoints.
         enabled: False on all ranks but 0: shows nothing.
     """
 
-    def __init__(self, steps: int | None, enabled: bool):
-        self.steps, self.enabled = steps, enabled
+    def __init__(self, name: str, steps: int | None, checkpoint_every: int, enabled: bool):
+        self.enabled = enabled
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._started, self._progress_at_start = time.monotonic(), 0.0
+        self._name, self._steps, self._every = name, steps, checkpoint_every
+        self._history, self._cadence = History(), Cadence()
+        self._unsaid = False
+        self._live: Live | None = None
 
     def __enter__(self) -> Self:
-        self._started = time.monotonic()
         if self.enabled and self.console.is_terminal:
-            columns = (
-                TextColumn("epoch {task.fields[epoch]:.2f}  step {task.fields[step]}"),
-                BarColumn(bar_width=None),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s  left"),
-                TimeRemainingColumn(compact=True),
-            )
-            self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=1.0, epoch=0.0, step=0, loss=float("nan"), rate=0.0)
+            self._live = Live(console=self.console, get_renderable=self._panel, refresh_per_second=2)
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
+        elif self._unsaid:
+            self._say_line()
 
     def say(self, message: str) -> None:
         """One line that stays."""
@@ -95,22 +95,27 @@ class RunConsole:
             self.console.print(redact(message), markup=False)
             sys.stderr.flush()
 
-    def begin(self, progress: float) -> None:
-        """The attempt starts at this share of the run."""
-        self._progress_at_start, self._started = progress, time.monotonic()
-
-    def train(
-        self, step: int, epoch: float, progress: float, loss: float, rate: float, lr: float, mfu: float | None
-    ) -> None:
-        """Show a logging step. ``rate`` is useful tokens per second over all ranks, ``mfu`` in [0, 1] where it is known."""
-        if self._bar:
-            self._bar.update(self._task, completed=progress, epoch=epoch, step=step, loss=loss, rate=rate)
+    def record(self, record: Record) -> None:
+        """Show a line of ``metrics.jsonl``."""
+        self._history.add(record)
+        if record["kind"] != "train" or not self.enabled or self._live:
             return
-        done = progress - self._progress_at_start
-        left = (time.monotonic() - self._started) * (1 - progress) / done if done > 0 else 0.0
-        of = f"/{self.steps}" if self.steps else ""
-        minutes, seconds = divmod(round(left), 60)
-        use = "" if mfu is None else f"  MFU {mfu:.1%}"
-        self.say(
-            f"epoch {epoch:6.2f}  step {step}{of}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s{use}  left {minutes}:{seconds:02d}"
-        )
+        self._unsaid = True
+        if self._cadence.due() or record.get("progress") == 1:
+            self._say_line()
+
+    def event(self, event: Record) -> None:
+        """Show a line of ``events.jsonl``, where there is a place for it."""
+        self._history.add_event(event)
+
+    def _view(self) -> View | None:
+        return self._history.view(steps=self._steps, checkpoint_every=self._every)
+
+    def _say_line(self) -> None:
+        self._unsaid = False
+        if view := self._view():
+            self.say(line(view))
+
+    def _panel(self) -> RenderableType:
+        view = self._view()
+        return panel(view, self._name) if view else Text("before the first step", style="dim")

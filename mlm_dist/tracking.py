@@ -1,5 +1,5 @@
-"""What a run leaves behind while it trains: ``metrics.jsonl`` (the source), ``events.jsonl``, and their mirror in
-W&B.
+"""What a run leaves behind while it trains: ``metrics.jsonl`` (the source), ``predictions.jsonl``, ``events.jsonl``, and
+their mirrors in W&B and TensorBoard.
 """
 
 import json
@@ -9,20 +9,34 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from mlm_dist.artifacts import Choice, due, kept
 from mlm_dist.errors import UserError
-from mlm_dist.files import DISK_FULL, parse_object, read_json_lines, write_atomically
+from mlm_dist.files import read_json, read_json_lines, write_atomically
+from mlm_dist.json_lines import JsonLines, plain
+from mlm_dist.records import Record, read_metrics, read_predictions, rows, with_predictions
 from mlm_dist.redact import redact
+from mlm_dist.tensorboard_mirror import TensorBoard, check_installed
 from mlm_dist.wandb_mirror import Mirror, Mode, resolve_mode
+
+__all__ = ["TrackConfig", "Tracker", "read_metrics"]
 
 log = logging.getLogger(__name__)
 
-# Lines kept while the disk is full: about two thousand.
-MOST_UNWRITTEN_BYTES = 1 << 20
+# Kinds of events that a person should hear of: what happened, and how bad it is.
+_ALERTS: dict[str, tuple[str, Literal["WARN", "ERROR"]]] = {
+    "skipped_step": ("numbers went wrong", "WARN"),
+    "rollback": ("rolled back", "ERROR"),
+    "checkpoint_failed": ("a checkpoint could not be written", "ERROR"),
+    "hang": ("the run hangs", "ERROR"),
+    "crash_loop": ("the run crashes again and again", "ERROR"),
+}
+# Attempts in a row that begin at the same step, without a stop that was asked for, which are a crash loop.
+CRASH_LOOP = 3
 
 
 @dataclass
@@ -35,12 +49,19 @@ class TrackConfig:
         project: the W&B project; WANDB_PROJECT wins.
         peak_tflops: dense peak of one device in TFLOP/s, which MFU is a share of; null takes it from a table of common
             GPUs (mlm_dist/hardware.py), and where that has none, MFU is left out.
+        predictions: rows of the validation set of which, at each validation, what the model puts in place of a mask is kept
+            (predictions.jsonl, a table in W&B); null: none.
+        artifacts: which checkpoints become artifacts of the W&B run, as references to where they lie.
+        tensorboard: mirror the metrics in RUN/tensorboard too.
     """
 
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
     every: int = 10
     project: str = "mlm_dist"
     peak_tflops: float | None = None
+    predictions: int | None = 16
+    artifacts: Choice = "none"
+    tensorboard: bool = False
 
     def check(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -48,133 +69,22 @@ class TrackConfig:
             raise UserError(f"track.every: {self.every} must be at least 1 step.")
         if not self.project:
             raise UserError("track.project: '' must name a W&B project, such as mlm_dist.")
+        if self.predictions is not None and self.predictions < 1:
+            raise UserError(f"track.predictions: {self.predictions} must be at least 1 row, or null for none.")
+        if self.tensorboard:
+            check_installed()
         if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
             raise UserError(
                 f"track.peak_tflops: {self.peak_tflops} must be the device's dense peak in TFLOP/s, such as 989 for an H100, or null."
             )
 
 
-class JsonLines:
-    """An append-only file of JSON objects, one a line, with one writer.
+class Shown(Protocol):
+    """Where people see a run."""
 
-    Opening repairs the end: a last line without its newline is completed if it is whole JSON, else cut off. A line is
-    one ``write``, so a killed process leaves at most one torn line. While the disk is full lines are kept in memory and
-    written with a later one. Non-finite floats are written as null, since JSON has none; 0-d arrays and tensors as their
-    numbers.
+    def record(self, record: Record) -> None: ...
 
-    Attributes:
-        repaired: bytes cut off at opening.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.repaired = _repair(path)
-        self._path = path
-        self._lock = threading.Lock()
-        self._unwritten = bytearray()
-        self._fd: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-
-    def append(self, record: Mapping[str, Any], *, sync: bool = False, required: bool = False) -> None:
-        """Write one object; with ``sync`` it is on the disk on return, unless that is full.
-
-        Raises:
-            OSError: the file cannot be written, or the disk is full and the object is ``required`` on it, or so are
-            MOST_UNWRITTEN_BYTES of lines.
-        """
-        data = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
-        with self._lock:
-            if self._fd is None:
-                raise ValueError("the file is closed")
-            self._unwritten += data
-            try:
-                self._write(self._fd, sync)
-            except OSError as error:
-                if required or error.errno not in DISK_FULL or len(self._unwritten) > MOST_UNWRITTEN_BYTES:
-                    raise OSError(error.errno, error.strerror, str(self._path)) from error
-
-    def _write(self, fd: int, sync: bool) -> None:
-        while self._unwritten:  # a signal or a full disk can make a write short
-            del self._unwritten[: os.write(fd, self._unwritten)]
-        if sync:
-            os.fsync(fd)
-
-    def flush(self) -> None:
-        """Try once more to write what a full disk left over."""
-        with self._lock:
-            if self._fd is not None:
-                try:
-                    self._write(self._fd, sync=False)
-                except OSError as error:
-                    log.warning("%s: %d bytes are not written: %s", self._path, len(self._unwritten), error.strerror)
-
-    def close(self) -> None:
-        self.flush()
-        with self._lock:
-            if self._fd is not None:
-                os.close(self._fd)
-            self._fd = None
-
-
-def _plain(value: Any) -> Any:
-    """``value`` in JSON's own types."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):  # numpy.float64 too, hence the conversion
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "item"):
-        return _plain(value.item())
-    raise TypeError(f"{type(value).__name__} has no place in a line of JSON")
-
-
-def _repair(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with path.open("rb+") as file:
-        data = file.read()
-        end = data.rfind(b"\n") + 1
-        tail = data[end:]
-        if not tail:
-            return 0
-        if parse_object(tail) is not None:
-            file.write(b"\n")
-            return 0
-        file.truncate(end)
-        return len(tail)
-
-
-def _metric_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """(line number from 1, the record or None where the line is no record) for each whole line."""
-    data = path.read_bytes() if path.exists() else b""
-    lines = data.split(b"\n")
-    if parse_object(lines[-1]) is None:
-        lines.pop()  # empty after the last newline, or torn
-    for number, line in enumerate(lines, 1):
-        record = parse_object(line)
-        valid = record is not None and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
-        yield number, record if valid else None
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, ordered by step: the last line of each (kind, step), since a restart
-    replays steps. A torn last line is left out.
-
-    Raises:
-        UserError: the file is missing, or a line before the last is not a record.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a run writes it at its first logged step")
-    kept: dict[tuple[str, int], dict[str, Any]] = {}
-    for number, record in _metric_lines(path):
-        if record is None:
-            raise UserError(f"{path}, line {number}: not a JSON object with a kind and a step; remove the line")
-        kept[record["kind"], record["step"]] = record
-    return sorted(kept.values(), key=lambda r: (r["step"], r["kind"]))
+    def event(self, event: Record) -> None: ...
 
 
 # Of a record: its loss, and the number of ranks that it was taken on.
@@ -191,8 +101,8 @@ class Tracker:
         wandb_id: the id that a checkpoint kept; else the one in ``RUN/wandb/run_id``, else WANDB_RUN_ID, else a new
             one.
         world_size: written to each record; a step replayed by as many ranks should give the same loss.
-        facts: numbers and strings for the summary of the W&B run, such as the unigram entropy.
         name: the W&B run's name; by default the run directory's.
+        shown: gets each record and event too.
     """
 
     def __init__(
@@ -204,21 +114,28 @@ class Tracker:
         attempt: int,
         wandb_id: str | None = None,
         world_size: int = 1,
-        facts: Mapping[str, Any] | None = None,
         name: str | None = None,
+        shown: Shown | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.attempt = attempt
-        self._world_size = world_size
+        self._shown = shown
+        self._world_size, self._artifacts = world_size, cfg.artifacts
+        self.name = name or self.run_dir.resolve().name
         self._differed = False
+        self._alerted: set[str] = set()
         self._events = JsonLines(self.run_dir / "events.jsonl")
         self._metrics = JsonLines(self.run_dir / "metrics.jsonl")
-        for file, name_ in ((self._events, "events.jsonl"), (self._metrics, "metrics.jsonl")):
+        self._predictions = JsonLines(self.run_dir / "predictions.jsonl") if cfg.predictions else None
+        for file in filter(None, (self._events, self._metrics, self._predictions)):
             if file.repaired:
-                self.event({"kind": "torn_line", "file": name_, "bytes": file.repaired})
-        self._rows, history = self._read_back()
+                self.event({"kind": "torn_line", "file": file.path.name, "bytes": file.repaired})
+        self._rows: dict[tuple[str, int], tuple[int, _Summary | None]] = {}
+        history = self._read_back()
         self._wandb_id = self._choose_id(wandb_id)
         mode = resolve_mode(cfg.wandb)
+        config = redact(plain(run_config))
+        write_atomically(self.run_dir / "wandb" / "config.json", json.dumps(config, indent=1).encode())
         self._mirror: Mirror | None = None
         if mode != "disabled":
             self._mirror = Mirror(
@@ -226,13 +143,14 @@ class Tracker:
                 mode=mode,
                 run_id=self._wandb_id,
                 project=os.environ.get("WANDB_PROJECT") or cfg.project,
-                name=name or self.run_dir.resolve().name,
-                config=redact(_plain(run_config)),
-                facts=redact(_plain(facts or {})),
+                name=self.name,
+                config=config,
                 attempt=attempt,
                 history=history,
-                warn=self._warn_wandb,
+                tables=cfg.predictions is not None,
+                warn=self._warn_mirror,
             )
+        self._board = TensorBoard(self.run_dir / "tensorboard", history, self._warn_mirror) if cfg.tensorboard else None
 
     @property
     def wandb_id(self) -> str:
@@ -244,14 +162,14 @@ class Tracker:
         """What W&B does in this attempt; offline where it was to be online but could not be reached."""
         return self._mirror.mode if self._mirror else "disabled"
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record, predictions: Sequence[Record] = ()) -> None:
         """Append a record with at least ``kind`` ("train" or "val") and ``step``; ``attempt``, ``time`` (Unix
-        seconds) and ``world_size`` are added where missing.
+        seconds) and ``world_size`` are added where missing. ``predictions`` of a validation: see ``read_predictions``.
 
         Raises:
             OSError: the file cannot be written, or the disk was full for too long. (What W&B does never raises.)
         """
-        line = _plain(
+        line = plain(
             {
                 "step": record["step"],
                 "attempt": self.attempt,
@@ -260,7 +178,12 @@ class Tracker:
                 **record,
             }
         )
+        if predictions and self._predictions:  # first: a record says that they are there
+            whole = {"step": line["step"], "attempt": line["attempt"], "time": line["time"], "rows": predictions}
+            self._predictions.append(whole)
         self._metrics.append(line)
+        if self._shown:
+            self._shown.record(line)
         key = (line["kind"], line["step"])
         before = self._rows.get(key)
         if before is not None:  # a step replayed after a restart: W&B has it
@@ -269,7 +192,9 @@ class Tracker:
         row = len(self._rows)
         self._rows[key] = (row, _summary_of(line))
         if self._mirror:
-            self._mirror.put(row, line)
+            self._mirror.put(row, line, predictions)
+        if self._board:
+            self._board.put(line, predictions)
 
     def event(self, record: Mapping[str, Any], *, required: bool = False) -> None:
         """Append to ``events.jsonl``, without secrets, and wait for the disk; ``time`` and ``attempt`` are added where missing.
@@ -277,41 +202,107 @@ class Tracker:
         Raises:
             OSError: the file cannot be written; where the disk is full, only for what is ``required`` there.
         """
-        line = {"time": time.time(), "attempt": self.attempt, **redact(_plain(record))}
+        line = {"time": time.time(), "attempt": self.attempt, **redact(plain(record))}
         self._events.append(line, sync=True, required=required)
+        if self._shown:
+            self._shown.event(line)
+        self._alert_of(line)
+        if line["kind"] == "finished":
+            self.checkpoints(finished=True)
         if line["kind"] == "rollback":
             self._rows = {key: (row, None if key[1] > line["to"] else was) for key, (row, was) in self._rows.items()}
+
+    def checkpoints(self, *, finished: bool = False) -> None:
+        """Make artifacts of the whole checkpoints that are there now, of those that ``track.artifacts`` says and W&B has not got yet."""
+        if self._artifacts == "none" or self._mirror is None:
+            return
+        told = [e for e in read_json_lines(self.run_dir / "events.jsonl") if e.get("kind") == "artifact"]
+        sent = {(e["step"], e["made"]) for e in told}
+        try:
+            there = kept(self.run_dir)
+        except OSError as error:
+            self._warn_mirror(f"W&B gets no artifact of the last checkpoint ({error})")
+            return
+        for checkpoint, aliases in due(self._artifacts, there, sent, finished=finished):
+            self._mirror.checkpoint(checkpoint.path, aliases, checkpoint.facts)
+            self.event({"kind": "artifact", **checkpoint.facts, "aliases": aliases})
+
+    def hung(self, timeout: float) -> None:
+        """Tell W&B of a hang, as status.json has it, on the way out of a process of which any part may be stuck: takes ``timeout`` seconds at most."""
+
+        def tell() -> None:
+            status = read_json(self.run_dir / "status.json") or {}
+            self._alert("hang", str(status.get("reason", "")))
+            if self._mirror:
+                self._mirror.finish(1, timeout / 2)  # then a service that does not answer is killed
+
+        thread = threading.Thread(target=tell, name="last-words", daemon=True)
+        thread.start()
+        thread.join(timeout)
 
     def finish(self, exit_code: int = 0, *, timeout: float = 90.0) -> None:
         """Close the files and end the W&B run as ``exit_code`` says, waiting at most ``timeout`` seconds for W&B. A
         second call does nothing.
         """
         mirror, self._mirror = self._mirror, None
+        board, self._board = self._board, None
+        if board:
+            board.finish(min(timeout, 60.0))
         if mirror:
             mirror.finish(exit_code, timeout)
         self._metrics.close()
-        # events.jsonl stays open: it is written through, and a late warning of the W&B thread must find it.
+        if self._predictions:
+            self._predictions.close()
+        # events.jsonl stays open: it is written through, and a late warning of a mirror's thread must find it.
         self._events.flush()
 
-    def _read_back(self) -> tuple[dict[tuple[str, int], tuple[int, _Summary | None]], list[dict[str, Any]]]:
-        """Row numbers of the (kind, step)s logged so far, and their last records in row order."""
-        rollbacks = [e for e in read_json_lines(self.run_dir / "events.jsonl") if e.get("kind") == "rollback"]
+    def _read_back(self) -> list[tuple[Record, Sequence[Record]]]:
+        """The records so far with their predictions, in row order; sets the rows that are logged."""
+        events = list(read_json_lines(self.run_dir / "events.jsonl"))
+        rollbacks = [e for e in events if e.get("kind") == "rollback"]
 
-        def taken_back(record: dict[str, Any]) -> bool:
+        def taken_back(record: Record) -> bool:
             """Whether its step comes again with other batches before it: nothing is to be compared."""
             return any(record["step"] > e["to"] and record.get("time", 0) <= e["time"] for e in rollbacks)
 
-        records: dict[tuple[str, int], dict[str, Any]] = {}
-        damaged = []
-        for number, record in _metric_lines(self.run_dir / "metrics.jsonl"):
-            if record is None:
-                damaged.append(number)
-            else:
-                records[record["kind"], record["step"]] = record  # a dict keeps the place of the first
+        records, damaged = rows(self.run_dir / "metrics.jsonl")
         if damaged:
             self.event({"kind": "damaged_lines", "file": "metrics.jsonl", "lines": damaged[:100]})
-        rows = {k: (row, None if taken_back(r) else _summary_of(r)) for row, (k, r) in enumerate(records.items())}
-        return rows, list(records.values())
+        self._rows = {
+            (r["kind"], r["step"]): (row, None if taken_back(r) else _summary_of(r)) for row, r in enumerate(records)
+        }
+        return with_predictions(records, read_predictions(self.run_dir))
+
+    def _alert_of(self, event: Record) -> None:
+        """Alert of what an event tells, where a person should hear of it."""
+        kind = event["kind"]
+        if kind == "attempt" and self._crash_loop(event["step"]):
+            self._alert("crash_loop", f"{CRASH_LOOP} attempts in a row began after step {event['step']}.")
+        elif kind == "skipped_step" and "cause" not in event:  # no bad numbers, or fp16 looking for its scale
+            return
+        elif kind in _ALERTS:
+            self._alert(kind, str(event.get("why") or event.get("reason") or ""), event.get("step"))
+
+    def _alert(self, kind: str, text: str, step: int | None = None) -> None:
+        """Once a kind and attempt: what happens again is in the events, and a person who is called every minute stops listening."""
+        if kind in self._alerted or self._mirror is None:
+            return
+        self._alerted.add(kind)
+        what, level = _ALERTS[kind]
+        at = f" at step {step}" if step is not None else ""
+        self._mirror.alert(
+            f"{self.name}: {what}{at}", f"{text}\n{self.run_dir.resolve()}, attempt {self.attempt}", level
+        )
+
+    def _crash_loop(self, step: int) -> bool:
+        """Whether as many attempts as make a crash loop began after ``step``, the last ones, and none of them was stopped on purpose."""
+        begun = 0
+        for event in read_json_lines(self.run_dir / "events.jsonl"):
+            if event.get("kind") == "attempt":
+                begun = begun + 1 if event["step"] == step else 0
+            elif event.get("kind") in ("stopped", "finished"):
+                begun = 0
+        return begun >= CRASH_LOOP
 
     def _choose_id(self, given: str | None) -> str:
         directory = self.run_dir / "wandb"
@@ -342,9 +333,9 @@ class Tracker:
             "step %d was replayed with another %s loss: %s before, %s now", key[1], key[0], before[0], line.get("loss")
         )
 
-    def _warn_wandb(self, message: str) -> None:
+    def _warn_mirror(self, message: str) -> None:
         log.warning("%s", redact(message))
-        self.event({"kind": "wandb", "message": message})
+        self.event({"kind": "tensorboard" if message.startswith("TensorBoard") else "wandb", "message": message})
 
 
 def _summary_of(record: Mapping[str, Any]) -> _Summary:

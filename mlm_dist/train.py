@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -32,6 +33,7 @@ from mlm_dist.ledger import DataLoss, leaves_out
 from mlm_dist.lifecycle import (
     EXIT_FAILED,
     EXIT_FINISHED,
+    EXIT_HUNG,
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
@@ -47,11 +49,13 @@ from mlm_dist.micro_batch import on_device
 from mlm_dist.model import bert
 from mlm_dist.model.bert import ModelConfig
 from mlm_dist.model.compiled import compile_together, layer_class
-from mlm_dist.model.head import MaskedLM
+from mlm_dist.model.head import Head, MaskedLM
 from mlm_dist.opening import opening_lines
 from mlm_dist.peers import Peers
 from mlm_dist.plan_job import Job
+from mlm_dist.provenance import provenance
 from mlm_dist.redact import redact
+from mlm_dist.samples import Sampler
 from mlm_dist.schedule import lr_factor
 from mlm_dist.spikes import SpikeGuard
 from mlm_dist.start import Opened, open_run
@@ -61,6 +65,8 @@ from mlm_dist.watchdog import PATIENCE_S, Watchdog, collective_timeout
 
 # Seconds that a rank has to record its failure and say it.
 FAIL_WITHIN_S = 180
+# And W&B to take the news of a hang.
+LAST_WORDS_S = 5.0
 
 
 class Run:
@@ -78,7 +84,9 @@ class Run:
         self.allow_change = invocation.allow_change
         self.dir = RunDir(self.config.run.path())
         self.is_first = topology.rank == 0
-        self.console = RunConsole(self.config.train.steps, self.is_first)
+        self.console = RunConsole(
+            self.dir.path.name, self.config.train.steps, self.config.checkpoint.every, self.is_first
+        )
         self.flag = StopFlag()
         self.position = position
         self.clock = StepClock(topology.device, position)
@@ -139,6 +147,7 @@ class Run:
             self.console.say("cpu_adam: DeepSpeed compiles it where it was never used, which takes about two minutes")
         module = self._new_module(section).to(self.topology.device)
         self.num_parameters = sum(p.numel() for p in module.parameters())
+        self.head = next(part for part in module.modules() if isinstance(part, Head))
         self.compiled = config.model.compile and self._compile(module)
         self.engine = Engine(
             module,
@@ -243,18 +252,27 @@ class Run:
         self.console.say(f"train.micro_batch auto: {settled.rows} ({settled.how})")
 
     def announce(self) -> None:
-        """Rank 0: open the tracking and say what is about to happen."""
-        if not self.is_first:
+        """Rank 0: open the tracking and say what is about to happen. Collective."""
+        hosts = self.control.gather(socket.gethostname())
+        if hosts is None:
             return
         config, stream, world = self.config, self.stream, self.topology.world_size
         self.writer.clear_leftovers()
+        facts = provenance(
+            self.topology.device,
+            hosts=hosts,
+            data=self.inputs.fingerprints(),
+            tokenizer=self.inputs.tokenizer.fingerprint,
+            parameters=self.num_parameters,
+        )
         self.tracker = Tracker(
             self.dir.path,
             config.track,
-            json.loads(json.dumps(asdict(config))),
+            json.loads(json.dumps(asdict(config) | facts)),
             attempt=self.dir.attempt,
             wandb_id=self.wandb_id,
             world_size=world,
+            shown=self.console,
         )
         write_json(self.dir.path / "ds_config.json", self.inputs.ds_config)
         chosen = {
@@ -282,7 +300,6 @@ class Run:
         """Steps until the end or a stop; returns "finished" or "stopped". On return the last checkpoint is written."""
         config = self.config
         self.position.step, self.position.phase = self.step, "loop"
-        self.console.begin(self.progress())
         if config.train.steps is not None and self.step >= config.train.steps:
             return self._end("finished")
         if config.eval.every and self.step and self.step % config.eval.every == 0 and self.validated_step != self.step:
@@ -507,8 +524,6 @@ class Run:
             return
         seen = selected if result is not None else 0
         loss = math.fsum(p[0] for p in parts) / seen if seen else math.nan
-        epoch = self.bytes / self.inputs.num_bytes
-        progress = self.progress()
         record: dict[str, Any] = {
             "kind": "train",
             "step": self.step,
@@ -520,24 +535,27 @@ class Run:
             "tokens": self.tokens,
             **speed,
             **self.stragglers.slowest,
-            "epoch": epoch,
-            "progress": progress,
+            "epoch": self.bytes / self.inputs.num_bytes,
+            "progress": self.progress(),
             "memory_gib": peak_memory_gib(self.topology.device),
             "selected": selected,
             "skipped": self.skipped,
+            "lost_documents": sum(fault["documents"] for fault in self.ledger.faults),
         }
         if self.engine.loss_scale is not None:
             record["loss_scale"] = self.engine.loss_scale
         self.tracker.log({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         self.dir.status("running", self.step)
-        self.console.train(self.step, epoch, progress, loss, speed["tokens_per_s"], lr, speed.get("mfu"))
 
     def validate(self) -> None:
         """Measure the validation set, if there is one, and log it."""
         if self.val_stream is None:
             return
         self.validated_step = self.step
-        result = evaluate.validate(self.val_stream, self.engine.evaluate, self.control)
+        sampler, rows = None, self.config.track.predictions
+        if self.tracker and rows:
+            sampler = Sampler(self.engine.evaluate, self.head, self.inputs.pretrained_tokenizer, rows)
+        result = evaluate.validate(self.val_stream, sampler or self.engine.evaluate, self.control)
         if self.tracker and not result["selected"]:
             self.tracker.event({"kind": "empty_validation", "step": self.step})
             self.console.say("the validation set holds no text to predict; nothing is measured")
@@ -547,7 +565,7 @@ class Run:
                 self.console.say(
                     f"note: {result['lost_documents']} validation documents cannot be read; the numbers are of the others"
                 )
-            self.tracker.log({"kind": "val", "step": self.step, **result})
+            self.tracker.log({"kind": "val", "step": self.step, **result}, sampler.rows if sampler else ())
             if math.isfinite(result["loss"]):
                 self.validation = {"step": self.step, "loss": result["loss"]}
             self.console.say(
@@ -604,6 +622,8 @@ class Run:
         """Wait for the checkpoint in progress and tell a failure. Collective. Raises CheckpointError, on all ranks alike, where no other is to be tried."""
         failure = self.writer.settle(self.control, last=last)
         if failure is None:
+            if self.tracker:
+                self.tracker.checkpoints()
             return
         self.saved_step = self.saved_before
         if self.tracker:
@@ -680,6 +700,8 @@ class Run:
 
     def _end_now(self, code: int) -> None:
         """What the watchdog does last, in its own thread."""
+        if self.tracker and code == EXIT_HUNG:
+            self.tracker.hung(LAST_WORDS_S)
         with contextlib.suppress(OSError):
             self.dir.release()
         leave(code)

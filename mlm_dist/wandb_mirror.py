@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from mlm_dist.groups import GROUPS, grouped
+from mlm_dist.records import Record
+
 Mode = Literal["online", "offline", "disabled"]
 
 _MODES: dict[str, Mode] = {
@@ -31,10 +34,6 @@ _MODES: dict[str, Mode] = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
-_PERF = (
-    *("tokens_per_s", "data_wait", "step_time", "tflops", "mfu", "memory_gib"),
-    *("slowest_rank", "slowest_host", "slowest_excess", "world_size", "attempt"),
-)
 _INIT_TIMEOUT = 30.0  # seconds; wandb's own is 90, too long to wait on a node without a network
 _FLUSH_INTERVAL = 1.0  # seconds between writes of the offline file
 _QUEUE_ROWS = 100_000
@@ -71,22 +70,33 @@ def _logged_in(environ: Mapping[str, str]) -> bool:
     return False
 
 
-def to_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What W&B is sent for one line of ``metrics.jsonl``: axis ``global_step``, groups ``train/``, ``val/``,
-    ``perf/``; nulls are left out.
+# Of a table of predictions.
+COLUMNS = ("text", "truth", "probability of the truth", "prediction", "probability", "next")
+
+
+def to_row(record: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """What W&B is sent for one line of ``metrics.jsonl``: the axis ``global_step``, and the values by groups.
+
+    Args:
+        predictions: of a validation; the rows of a table.
     """
-    row: dict[str, Any] = {"global_step": record["step"]}
+    row: dict[str, Any] = {"global_step": record["step"], **grouped(record)}
     if "time" in record:
         row["_timestamp"] = record["time"]  # wandb's own key: a row sent late keeps its time
-    for key, value in record.items():
-        if key in ("step", "kind", "time") or value is None:
-            continue
-        if key in _PERF or key.startswith("time_"):
-            if record["kind"] == "train":
-                row[f"perf/{key}"] = value
-        else:
-            row[f"{record['kind']}/{key}"] = int(value) if isinstance(value, bool) else value
+    if predictions:
+        row["val/predictions"] = _table(predictions)
     return row
+
+
+def _table(predictions: Sequence[Mapping[str, Any]]) -> Any:
+    import wandb
+
+    table = wandb.Table(columns=list(COLUMNS))
+    for row in predictions:
+        (word, probability), *others = row["predictions"]
+        more = ", ".join(f"{other} {p:.3f}" for other, p in others)
+        table.add_data(row["text"], row["truth"], row["truth_probability"], word, probability, more)
+    return table
 
 
 def read_wandb_file(path: Path) -> Iterator[Any]:
@@ -128,6 +138,43 @@ def rows_held(directory: Path) -> int:
     return held
 
 
+def init(wandb: Any, directory: Path, mode: Mode, **start: Any) -> Any:
+    """``wandb.init`` of a run that goes on where it exists, says nothing, and sends nothing that could be secret; what it writes is under ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # Tables wait there to be uploaded; by default in the home directory, which is small on clusters.
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory))
+    wandb.setup(settings=wandb.Settings(silent=True))  # before init: the login speaks by these
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        save_code=False,
+        x_disable_meta=True,  # it would record the command line, which may carry credentials
+        x_transaction_log_flush_interval=_FLUSH_INTERVAL,
+        init_timeout=_INIT_TIMEOUT,
+        finish_timeout=60.0,
+    )
+    run = wandb.init(dir=str(directory), mode=mode, resume="allow", allow_val_change=True, settings=settings, **start)
+    run.define_metric("global_step", hidden=True)
+    for group in GROUPS:
+        run.define_metric(f"{group}/*", step_metric="global_step")
+    run.define_metric("val/loss", step_metric="global_step", summary="min,last")
+    return run
+
+
+def log_checkpoint(run: Any, path: Path, aliases: Sequence[str], facts: Mapping[str, Any]) -> None:
+    """Log a checkpoint directory as a version of the run's artifact ``checkpoint-ID``: names and sizes of its files, and where they lie.
+
+    Raises:
+        OSError, ValueError: it is not there any more.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata=dict(facts))
+    artifact.add_reference(f"file://{path.resolve()}", checksum=False)
+    run.log_artifact(artifact, aliases=list(aliases))
+
+
 class Mirror:
     """Sends rows to W&B from a thread of its own.
 
@@ -135,8 +182,8 @@ class Mirror:
         directory: ``RUN/wandb``; attempt k writes under ``attempt_000k``.
         mode: ``online`` falls back to ``offline`` when the server cannot be reached within 30 s.
         config: already free of secrets.
-        facts: values for the run's summary.
-        history: the records of ``metrics.jsonl`` so far, in row order; those that W&B lacks are sent first.
+        history: the records of ``metrics.jsonl`` so far, in row order, each with its predictions; those that W&B lacks are sent first.
+        tables: there will be predictions.
         warn: called with one line of text, at most once for a failure that ends the mirroring of this attempt.
     """
 
@@ -149,20 +196,19 @@ class Mirror:
         project: str,
         name: str,
         config: Mapping[str, Any],
-        facts: Mapping[str, Any],
         attempt: int,
-        history: Sequence[Mapping[str, Any]],
+        history: Sequence[tuple[Record, Sequence[Record]]],
+        tables: bool,
         warn: Callable[[str], None],
     ) -> None:
         self.mode: Mode = mode
         self._root = directory
         self._directory = directory / f"attempt_{attempt:04d}"
         self._start_args = {"id": run_id, "project": project, "name": name, "config": dict(config)}
-        self._facts = dict(facts)
-        self._warn = warn
+        self._tables, self._warn = tables, warn
         self._broken = False
         self._exit_code = 0
-        self._queue: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue(_QUEUE_ROWS)
+        self._queue: queue.Queue[Callable[[Any], Any] | None] = queue.Queue(_QUEUE_ROWS)  # what to do with the W&B run
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, args=(list(history),), name="wandb-mirror", daemon=True)
         self._thread.start()
@@ -170,12 +216,30 @@ class Mirror:
         # leave their locks held in the child.
         self._ready.wait(2 * _INIT_TIMEOUT)
 
-    def put(self, row: int, record: Mapping[str, Any]) -> None:
+    def put(self, row: int, record: Record, predictions: Sequence[Record] = ()) -> None:
         """Queue one record as row number ``row``. Never blocks, never raises."""
+        self._put(lambda run: run.log(to_row(record, predictions), step=row, commit=True))
+
+    def alert(self, title: str, text: str, level: Literal["WARN", "ERROR"]) -> None:
+        """Queue an alert, which W&B sends to whom its user settings say. Never blocks, never raises."""
+        self._put(lambda run: run.alert(title, text, level=level))
+
+    def checkpoint(self, path: Path, aliases: Sequence[str], facts: Mapping[str, Any]) -> None:
+        """Queue a checkpoint as an artifact that refers to where it lies. Never blocks, never raises."""
+
+        def send(run: Any) -> None:
+            try:
+                log_checkpoint(run, path, aliases, facts)
+            except (OSError, ValueError) as error:  # retention was faster
+                self._warn(f"W&B gets no artifact of {path.name} ({_line(error)})")
+
+        self._put(send)
+
+    def _put(self, action: Callable[[Any], Any]) -> None:
         if self._broken:
             return
         try:
-            self._queue.put_nowait((row, record))
+            self._queue.put_nowait(action)
         except queue.Full:
             self._fail("W&B does not answer", RuntimeError(f"{_QUEUE_ROWS:,} rows are waiting"))
 
@@ -189,17 +253,20 @@ class Mirror:
             self._fail("W&B did not finish", TimeoutError(f"no answer in {timeout:.0f} s"))
             _drop_service()
 
-    def _main(self, history: list[Mapping[str, Any]]) -> None:
+    def _main(self, history: list[tuple[Record, Sequence[Record]]]) -> None:
         try:
             try:
                 run = self._open()
+                if self._tables:
+                    with contextlib.suppress(ImportError):
+                        import pandas  # noqa: F401  # as wandb does at its first table, see __init__
                 held = self._held(run, len(history))
             finally:
                 self._ready.set()
             for row in range(held, len(history)):
-                run.log(to_row(history[row]), step=row, commit=True)
-            while (item := self._queue.get()) is not None:
-                run.log(to_row(item[1]), step=item[0], commit=True)
+                run.log(to_row(*history[row]), step=row, commit=True)
+            while (action := self._queue.get()) is not None:
+                action(run)
             run.finish(exit_code=self._exit_code)
             if self.mode == "offline":
                 # The service writes the file's end after finish() has returned; it is whole when the service has gone.
@@ -236,32 +303,7 @@ class Mirror:
             return self._init(wandb)
 
     def _init(self, wandb: Any) -> Any:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        wandb.setup(settings=wandb.Settings(silent=True))  # before init: the login speaks by these
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            save_code=False,
-            x_disable_meta=True,  # it would record the command line, which may carry credentials
-            x_transaction_log_flush_interval=_FLUSH_INTERVAL,
-            init_timeout=_INIT_TIMEOUT,
-            finish_timeout=60.0,
-        )
-        run = wandb.init(
-            dir=str(self._directory),
-            mode=self.mode,
-            resume="allow",
-            allow_val_change=True,
-            settings=settings,
-            **self._start_args,
-        )
-        run.define_metric("global_step", hidden=True)
-        for group in ("train", "val", "perf"):
-            run.define_metric(f"{group}/*", step_metric="global_step")
-        run.define_metric("val/loss", step_metric="global_step", summary="min,last")
-        run.summary.update(self._facts)
-        return run
+        return init(wandb, self._directory, self.mode, **self._start_args)
 
     def _fail(self, what: str, error: BaseException) -> None:
         if not self._broken:

@@ -31,8 +31,8 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from mlm_dist.clock import COMMUNICATION, Position
+from mlm_dist.json_lines import JsonLines
 from mlm_dist.lifecycle import EXIT_FAILED, EXIT_HUNG, RunDir
-from mlm_dist.tracking import JsonLines
 
 # Building, compiling, the first step and a checkpoint may take this long even where train.timeout is less.
 PATIENCE_S = 1800.0

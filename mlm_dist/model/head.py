@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +52,8 @@ class Head(nn.Module):
         super().__init__()
         self.predictions = predictions
         self.kind, self.chunk = kind, chunk
+        self.watch: Callable[[Tensor], None] | None = None
+        """Where set, gets the logits [m, V] of each chunk, in order. Only in evaluation: in training a chunk is computed twice."""
 
     def external_parameters(self) -> list[nn.Parameter]:
         """The weights of other modules that `forward` uses."""
@@ -68,7 +71,7 @@ class Head(nn.Module):
         if selected is None or labels is None:
             scores: Tensor = self.predictions(hidden)
             return scores
-        if self.kind == "liger" and len(labels):
+        if self.kind == "liger" and len(labels) and self.watch is None:
             return self._fused(hidden.index_select(0, selected), labels)
         parts = list(zip(selected.split(self.chunk), labels.split(self.chunk), strict=True))
         if len(parts) == 1 or not torch.is_grad_enabled():
@@ -82,6 +85,8 @@ class Head(nn.Module):
         decoder = self.predictions.get_submodule("decoder")
         logits = decoder.forward(self._transformed(hidden.index_select(0, selected)))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.watch is not None:
+            self.watch(logits)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         # After the loss: a second computation, of a chunk, ends where the backward pass has what it needs.
         with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 
 from mlm_dist.files import read_json, read_json_lines
 from mlm_dist.lifecycle import EXIT_HUNG
+from tests import wandb_files
 from tests.e2e.program import Program, losses, save_config
 
 pytestmark = pytest.mark.timeout(400)
@@ -76,6 +77,7 @@ def _assert_goes_on(config: Path, run: Path, undisturbed: Path) -> None:
 
 def test_a_rank_that_sleeps_in_its_data_path(config: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config.parent / "runs" / "asleep"
+    monkeypatch.setenv("MLM_TRACK__WANDB", "offline")
     assert _hang(config, "asleep", f"data:1:{STEP}", monkeypatch) == [EXIT_HUNG, EXIT_HUNG]
     event = _hang_event(run)
     (behind,) = event["behind"]
@@ -83,6 +85,8 @@ def test_a_rank_that_sleeps_in_its_data_path(config: Path, undisturbed: Path, mo
     assert f"in step {STEP}, data; the other waits in step {STEP}, communication" in event["reason"]
     rank_0, rank_1 = ((config.parent / f"rank-{rank}.log").read_text() for rank in (0, 1))
     assert event["reason"] in rank_0
+    (alert,) = wandb_files.records("alert", run / "wandb")
+    assert alert.level == "ERROR" and event["reason"] in alert.text
     assert "asleep_in_the_data_path" in _stacks(run, 1) and "asleep_in_the_data_path" in rank_1
     assert "distributed.py" in _stacks(run, 0)  # where it waits
     _assert_goes_on(config, run, undisturbed)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mlm_dist import tracking
+from mlm_dist import json_lines
 from mlm_dist.files import read_json
+from mlm_dist.json_lines import JsonLines
 from mlm_dist.lifecycle import RunDir
-from mlm_dist.tracking import JsonLines, TrackConfig, Tracker
+from mlm_dist.tracking import TrackConfig, Tracker
 from tests.disks import fill, mounted
 
 
@@ -47,7 +48,7 @@ def test_what_is_required_on_the_disk_is_an_error(disk: Path) -> None:
 
 
 def test_too_many_lines_are_an_error(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "MOST_UNWRITTEN_BYTES", 10_000)
+    monkeypatch.setattr(json_lines, "MOST_UNWRITTEN_BYTES", 10_000)
     lines = JsonLines(disk / "lines")
     fill(disk)
     with pytest.raises(OSError, match="No space left on device"):

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from mlm_dist.json_lines import JsonLines
 from mlm_dist.ledger import Ledger
-from mlm_dist.tracking import JsonLines
 
 
 def fault(

@@ -11,25 +11,32 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlm_dist.artifacts import Kept, due
 from mlm_dist.errors import UserError
+from mlm_dist.json_lines import JsonLines
+from mlm_dist.records import read_predictions
 from mlm_dist.redact import redact
-from mlm_dist.tracking import JsonLines, TrackConfig, Tracker, read_metrics
-from mlm_dist.wandb_mirror import read_wandb_file, resolve_mode
+from mlm_dist.tracking import TrackConfig, Tracker, read_metrics
+from mlm_dist.wandb_mirror import Mirror, read_wandb_file, resolve_mode
+from tests import wandb_files
 
 KEY = "0123456789" * 4
 
 
 @pytest.fixture(autouse=True)
-def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    yield
+    os.environ.pop("WANDB_DATA_DIR", None)
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
@@ -43,25 +50,13 @@ def train(step: int, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def value_of(item: Any) -> Any:
-    return json.loads(item.value_json)
-
-
 def wandb_rows(run_dir: Path) -> list[dict[str, Any]]:
     """All history rows of all attempts, in the order of the attempts."""
-    rows = []
-    for path in sorted(run_dir.glob("wandb/attempt_*/wandb/*run-*/run-*.wandb")):
-        if path.parent.is_symlink():
-            continue
-        for record in read_wandb_file(path):
-            if record.WhichOneof("record_type") == "history":
-                rows.append({(i.key or i.nested_key[0]): value_of(i) for i in record.history.item})
-    return rows
+    return wandb_files.history(run_dir / "wandb")
 
 
 def wandb_runs(run_dir: Path) -> list[Any]:
-    paths = sorted(p for p in run_dir.glob("wandb/attempt_*/wandb/*run-*/run-*.wandb") if not p.parent.is_symlink())
-    return [r.run for p in paths for r in read_wandb_file(p) if r.WhichOneof("record_type") == "run"]
+    return wandb_files.records("run", run_dir / "wandb")
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
@@ -225,12 +220,10 @@ def test_a_netrc_entry_for_the_server_in_use_is_a_login(tmp_path: Path) -> None:
 
 
 def test_wandb_holds_what_was_logged_with_our_axis(tmp_path: Path) -> None:
-    tracker = Tracker(
-        tmp_path, TrackConfig(wandb="offline"), {"optim": {"lr": 0.1}}, attempt=1, facts={"unigram_entropy": 6.5}
-    )
+    tracker = Tracker(tmp_path, TrackConfig(wandb="offline"), {"optim": {"lr": 0.1}}, attempt=1)
     assert tracker.mode == "offline"
     for step in (10, 20):
-        tracker.log(train(step))
+        tracker.log(train(step, data_wait=0.5, time_forward=0.25, memory_gib=1.5))
     tracker.log({"kind": "val", "step": 20, "loss": 2.0})
     tracker.finish(0)
     rows = wandb_rows(tmp_path)
@@ -239,22 +232,18 @@ def test_wandb_holds_what_was_logged_with_our_axis(tmp_path: Path) -> None:
         (20, 5 / 21, None),
         (20, None, 2.0),
     ]
-    assert rows[0]["perf/tokens_per_s"] == 10.0 and rows[0]["train/lr"] == 1e-4 and rows[0]["train/skipped"] == 0
+    groups = {"train/lr": 1e-4, "train/skipped": 0, "perf/tokens_per_s": 10.0, "perf/time_forward": 0.25}
+    groups |= {"data/data_wait": 0.5, "system/memory_gib": 1.5, "system/attempt": 1, "system/world_size": 1}
+    assert {key: rows[0][key] for key in groups} == groups
+    assert not any(key.startswith(("train/", "perf/", "data/", "system/")) for key in rows[2])
     (path,) = tmp_path.glob("wandb/attempt_0001/wandb/offline-run-*/run-*.wandb")
     records = list(read_wandb_file(path))
     axes = {r.metric.glob_name: r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"}
-    assert {axes["train/*"], axes["val/*"], axes["perf/*"]} == {"global_step"}
+    assert {axes[f"{group}/*"] for group in ("train", "val", "perf", "data", "system")} == {"global_step"}
     (run,) = wandb_runs(tmp_path)
     assert run.run_id == tracker.wandb_id and run.project == "mlm_dist" and run.display_name == tmp_path.name
     config = {u.key: json.loads(u.value_json) for u in run.config.update}
     assert config["optim"] == {"lr": 0.1}
-    summary = {
-        (u.key or u.nested_key[0]): u.value_json
-        for r in records
-        if r.WhichOneof("record_type") == "summary"
-        for u in r.summary.update
-    }
-    assert json.loads(summary["unigram_entropy"]) == 6.5
     assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [0]
 
 
@@ -423,6 +412,157 @@ def test_a_torn_wandb_file_is_read_up_to_the_tear(tmp_path: Path) -> None:
     flipped[len(whole) // 2] ^= 1
     path.write_bytes(flipped)
     assert 0 < len(wandb_rows(tmp_path)) < 600
+
+
+# Alerts and artifacts
+
+
+def alerts(run_dir: Path) -> list[tuple[str, str]]:
+    return [
+        (a.title.removeprefix(f"{run_dir.name}: "), a.level) for a in wandb_files.records("alert", run_dir / "wandb")
+    ]
+
+
+def test_what_a_person_should_hear_of_is_an_alert_once_an_attempt(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, TrackConfig(wandb="offline"), {}, attempt=1)
+    tracker.event({"kind": "attempt", "step": 0})
+    tracker.event({"kind": "skipped_step", "step": 3, "why": "no token was selected"})  # nothing bad
+    for step in (4, 5):
+        tracker.event({"kind": "skipped_step", "step": step, "cause": "loss", "why": "a loss was not finite"})
+    tracker.event({"kind": "rollback", "step": 6, "to": 2, "skip": [3, 5], "why": "2 steps in a row went wrong"})
+    tracker.event({"kind": "checkpoint_failed", "step": 6, "reason": "disk full"})
+    tracker.event({"kind": "data_loss", "step": 6})
+    tracker.finish(0)
+    assert alerts(tmp_path) == [
+        ("numbers went wrong at step 4", "WARN"),
+        ("rolled back at step 6", "ERROR"),
+        ("a checkpoint could not be written at step 6", "ERROR"),
+    ]
+    assert "2 steps in a row went wrong" in wandb_files.records("alert", tmp_path / "wandb")[1].text
+
+
+def test_attempts_that_all_begin_at_one_step_are_a_crash_loop(tmp_path: Path) -> None:
+    def attempt(number: int, step: int, ending: str | None = None, wandb: Any = "disabled") -> None:
+        tracker = Tracker(tmp_path, TrackConfig(wandb=wandb), {}, attempt=number)
+        tracker.event({"kind": "attempt", "step": step})
+        if ending:
+            tracker.event({"kind": ending, "step": step})
+        tracker.finish(1)
+
+    attempt(1, 0)
+    attempt(2, 0, "stopped")  # somebody wanted that
+    attempt(3, 0)
+    attempt(4, 0, wandb="offline")
+    assert alerts(tmp_path) == []
+    attempt(5, 0, wandb="offline")
+    assert alerts(tmp_path) == [("the run crashes again and again", "ERROR")]
+    attempt(6, 8, wandb="offline")
+    assert len(alerts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("service", ["well", "frozen"])
+def test_a_hang_is_told_on_the_way_out_in_bounded_time(tmp_path: Path, service: str) -> None:
+    """The process ends without tidying, as the watchdog ends it."""
+    (tmp_path / "status.json").write_text(json.dumps({"reason": "the run hangs: rank 1"}))
+    freeze = "os.kill(wandb.setup()._connection._proc._process.pid, signal.SIGSTOP)" if service == "frozen" else ""
+    body = f"""
+        import time, wandb
+        t = tracker(1)
+        t.log(train(1))
+        {freeze}
+        before = time.monotonic()
+        t.hung(5.0)
+        print(time.monotonic() - before < 8, flush=True)
+        os._exit(76)
+    """
+    done = attempt_in_process(tmp_path, body)
+    assert (done.returncode, done.stdout) == (76, "True\n"), done.stderr
+    if service == "well":
+        assert alerts(tmp_path) == [("the run hangs", "ERROR")]
+        assert "the run hangs: rank 1" in wandb_files.records("alert", tmp_path / "wandb")[0].text
+
+
+def test_checkpoints_become_artifacts_that_refer_to_them(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a run"
+    for step in (10, 20):
+        path = run_dir / "checkpoints" / f"step_{step}"
+        path.mkdir(parents=True)
+        (path / "part.safetensors").write_bytes(bytes(1000 + step))
+    mirror = Mirror(
+        run_dir / "wandb",
+        mode="offline",
+        run_id="abcd",
+        project="p",
+        name="n",
+        config={},
+        attempt=1,
+        history=[],
+        tables=False,
+        warn=print,
+    )
+    mirror.checkpoint(run_dir / "checkpoints" / "step_10", ["step_10", "best"], {"step": 10})
+    mirror.checkpoint(run_dir / "checkpoints" / "step_15", ["step_15"], {"step": 15})  # retention was faster
+    mirror.checkpoint(run_dir / "checkpoints" / "step_20", ["step_20"], {"step": 20})
+    mirror.finish(0, 60)
+    found = wandb_files.records("artifact", run_dir / "wandb")
+    assert [(a.name, a.type, set(a.aliases) - {"latest"}) for a in found] == [
+        ("checkpoint-abcd", "model", {"step_10", "best"}),
+        ("checkpoint-abcd", "model", {"step_20"}),
+    ]
+    (content,) = found[1].manifest.contents
+    there = run_dir / "checkpoints" / "step_20" / "part.safetensors"
+    assert (content.path, content.ref, content.size) == (there.name, f"file://{there}", 1020)
+    assert not content.local_path  # no copy is on its way
+    assert json.loads(found[0].metadata) == {"step": 10}
+
+
+def test_which_checkpoints_are_due() -> None:
+    def names(choice: Any, sent: Any = (), finished: bool = False) -> list[list[str]]:
+        return [aliases for _, aliases in due(choice, there, sent, finished=finished)]
+
+    there = [Kept(Path(f"step_{s}"), s, 1.0, loss) for s, loss in ((10, 3.0), (20, 2.0), (30, None))]
+    assert names("none", finished=True) == [] and names("final") == []
+    assert names("final", finished=True) == [["step_30", "final"]]
+    assert names("best") == [["step_20", "best"]] and names("best", {(20, 1.0)}) == []
+    assert names("best", {(20, 0.5)}) == [["step_20", "best"]]  # made again, after a roll-back
+    assert names("all", {(10, 1.0)}, finished=True) == [["step_20", "best"], ["step_30", "final"]]
+
+
+# Predictions
+
+PREDICTIONS = [
+    {
+        "text": "a «[MASK]» b",
+        "truth": "c",
+        "truth_probability": 0.25,
+        "predictions": [["d", 0.5], ["c", 0.25], ["e", 0.1]],
+    }
+]
+
+
+def test_predictions_are_in_the_row_of_their_validation(tmp_path: Path) -> None:
+    """Also in that of an attempt whose rows W&B lost."""
+    first = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=1)
+    first.log(train(1))
+    first.log({"kind": "val", "step": 1, "loss": 2.0}, PREDICTIONS)
+    first.finish(1)
+    second = Tracker(tmp_path, TrackConfig(wandb="offline"), {}, attempt=2)
+    second.log({"kind": "val", "step": 2, "loss": 1.0}, PREDICTIONS)
+    second.finish(0)
+    rows = wandb_rows(tmp_path)
+    assert [(r["global_step"], "val/predictions" in r) for r in rows] == [(1, False), (1, True), (2, True)]
+    for row in rows[1:]:
+        cells = wandb_files.table(tmp_path / "wandb", row, "val/predictions")
+        assert cells == [["a «[MASK]» b", "c", 0.25, "d", 0.5, "c 0.250, e 0.100"]]
+    assert read_predictions(tmp_path) == {1: PREDICTIONS, 2: PREDICTIONS}
+    assert not list(tmp_path.glob(".local")), "tables wait in the run directory, not at home"
+
+
+def test_a_torn_line_of_predictions_is_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "predictions.jsonl").write_text('{"step": 1, "rows": []}\n{"step": 2, "ro')
+    Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=2).finish()
+    assert read_predictions(tmp_path) == {1: []}
+    assert [(e["kind"], e["file"]) for e in events(tmp_path)] == [("torn_line", "predictions.jsonl")]
 
 
 # Secrets
