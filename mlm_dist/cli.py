@@ -27,7 +27,7 @@ COMMANDS = {
     "checkpoint": ("mlm_dist.checkpoint_command", "list, verify, and convert from and to DeepSpeed's format"),
     "export": ("mlm_dist.export", "stock BERT weights, tokenizer and model card"),
     "fill-mask": ("mlm_dist.fill_mask", "fill [MASK] in sentences"),
-    "report": ("mlm_dist.report", "picture and page of a run"),
+    "report": ("mlm_dist.report.command", "page and pictures of a run, or of several side by side"),
 }
 # These take run-config flags (--train.steps 10) besides their own.
 WITH_OVERRIDES = ("data", "plan", "doctor", "checkpoint")
