@@ -26,8 +26,6 @@ def check_installed() -> None:
 def write(directory: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> float:
     """Write ``model.onnx`` (inputs as the tokenizer names them, output ``logits``); returns the largest difference of a logit.
 
-    torch.onnx's tracer of old exports BERT without a complaint and wrongly (transformers 5.23, torch 2.13), hence the newer one, and the comparison.
-
     Raises:
         RuntimeError: ONNX Runtime computes other logits.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_dist.report.run import Record, Run, number, series, spans
-from mlm_dist.report.style import COLOURS, MUTED, TICKS, picture, reach, smooth, thin, title
+from mlm_dist.report.style import COLOURS, MUTED, count_steps, few_markers, picture, smoothed, title
 from mlm_dist.report.words import short
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def draw_comparison(runs: Sequence[Run], labels: Sequence[str], path: Path) -> N
         _draw_losses(low[1], runs, "minutes", "Loss by training time", None)
         _draw_speeds(low[2], runs)
         figure.legend(_handles(len(runs)), [_cut(n) for n in labels], loc="upper left", bbox_to_anchor=(0.045, 0.995),
-                      ncols=min(3, len(runs)), fontsize=9)  # fmt: skip
+                      ncols=min(3, len(runs)), frameon=False, fontsize=9)  # fmt: skip
 
 
 def _cut(name: str) -> str:
@@ -65,8 +65,6 @@ def _handles(count: int) -> "list[Line2D]":
 
 def _draw_losses(axes: "Axes", runs: Sequence[Run], by: str, name: str, kind: str | None) -> None:
     """``kind`` None: of each run the validation, where it has any, else the training loss."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     title(axes, name)
     drawn = False
     records_of = [timed(run) for run in runs]
@@ -79,29 +77,28 @@ def _draw_losses(axes: "Axes", runs: Sequence[Run], by: str, name: str, kind: st
             continue
         drawn, xs = True, [x / scale for x in xs]
         if shown == "val":
-            axes.plot(xs, ys, linewidth=1.5, marker="o", markersize=3.5, markeredgecolor="white", **_look(i))
+            axes.plot(xs, ys, linewidth=1.5, markersize=3.5, **few_markers(len(xs)), **_look(i))
         else:
-            axes.plot(*thin(xs, smooth(ys, reach(len(ys)))), linewidth=1.4, **_look(i))
+            axes.plot(*smoothed(xs, ys), linewidth=1.4, **_look(i))
     if not drawn:
         axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
         axes.set_yticks([])
     axes.set_xlabel({"step": "step", "tokens": "useful tokens", "minutes": f"{unit} of steps that count"}[by])
-    axes.xaxis.set_major_locator(MaxNLocator(4 if kind is None else 6, steps=TICKS))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if abs(v) < 1e4 else short(v)))
+    if by != "minutes":
+        count_steps(axes, 4 if kind is None else 6)
 
 
 def _draw_speeds(axes: "Axes", runs: Sequence[Run]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter
 
     title(axes, "Useful tokens per second")
     tops = []
     for i, run in enumerate(runs):
         xs, ys = series(run.train, "tokens_per_s")
         if ys:
-            axes.plot(*thin(xs, smooth(ys, reach(len(ys)))), linewidth=1.2, **_look(i))
+            axes.plot(*smoothed(xs, ys), linewidth=1.2, **_look(i))
             tops.append(sorted(ys)[int(0.98 * (len(ys) - 1))])
     axes.set_ylim(0, 1.2 * max(tops, default=1.0) or 1.0)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=TICKS))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if abs(v) < 1e4 else short(v)))
+    count_steps(axes, 4)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))

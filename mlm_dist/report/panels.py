@@ -5,7 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_dist.report.run import Run, Span, Stall, number, series, spans, stalls
-from mlm_dist.report.style import COLOURS, MUTED, TICKS, TRAIN, VAL, picture, reach, smooth, thin, title
+from mlm_dist.report.style import (
+    COLOURS,
+    MUTED,
+    TICKS,
+    TRAIN,
+    VAL,
+    count_steps,
+    draw_noisy,
+    few_markers,
+    picture,
+    thin,
+    title,
+)
 from mlm_dist.report.words import scientific, short
 
 if TYPE_CHECKING:
@@ -66,23 +78,19 @@ def _late(run: Run) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def _draw_late(axes: "Axes", curves: dict[str, tuple[list[float], list[float]]]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     title(axes, "Loss by useful tokens, without the first tenth")
     if "training" in curves:
         xs, ys = curves["training"]
-        axes.plot(*thin(xs, ys), color=TRAIN, alpha=0.28, linewidth=0.8)
-        axes.plot(*thin(xs, smooth(ys, reach(len(ys)))), color=TRAIN, linewidth=1.8, label="training (smoothed)")
+        draw_noisy(axes, xs, ys, label="training (smoothed)")
     if "validation" in curves:
-        axes.plot(
-            *curves["validation"], color=VAL, marker="o", markersize=4, markeredgecolor="white", label="validation"
-        )
+        xs, ys = curves["validation"]
+        axes.plot(xs, ys, color=VAL, markersize=4, label="validation", **few_markers(len(xs)))
     if curves:
         axes.legend(loc="upper right")
     else:
         _nothing(axes)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICKS))
+    count_steps(axes, 6)
     axes.set_xlabel("useful tokens")
 
 
@@ -97,8 +105,8 @@ def _draw_norm(axes: "Axes", run: Run) -> None:
         _nothing(axes)
         return
     xs, ys = [s for s, _ in positive], [v for _, v in positive]
-    axes.plot(*thin(xs, ys), color=TRAIN, alpha=0.28, linewidth=0.8)
-    axes.plot(*thin(xs, smooth(ys, reach(len(ys)))), color=TRAIN, linewidth=1.6)
+    draw_noisy(axes, xs, ys, width=1.6)
+    count_steps(axes)
     clip = number((run.config.get("train") or {}).get("clip"))
     if clip:
         axes.axhline(clip, color=VAL, linewidth=1.2, linestyle=(0, (5, 3)))
@@ -137,10 +145,9 @@ def draw_speed(run: Run, path: Path) -> bool:
         for i, key in enumerate(more):
             axes = figure.add_subplot(grid[2, i] if len(more) == 2 else grid[2, :], sharex=speed)
             _draw_line(axes, run, key)
-        steps = [r["step"] for r in run.train]
-        speed.set_xlim(
-            min(0, *steps) if min(steps) <= 0.1 * max(steps) else min(steps), max(max(steps), min(steps) + 1)
-        )
+        first, last = found[0].after, max(s.record["step"] for s in found)
+        speed.set_xlim(0 if first <= 0.1 * last else first, last)
+        count_steps(speed)
     return True
 
 
@@ -150,7 +157,7 @@ def _draw_throughput(axes: "Axes", run: Run, found: Sequence[Stall]) -> None:
 
     steps, values = series(run.train, "tokens_per_s")
     if values:
-        axes.plot(*thin(steps, values), color=TRAIN, linewidth=1.1)
+        draw_noisy(axes, steps, values, width=1.4)
         middle = sorted(values)[len(values) // 2]
         top = 1.25 * sorted(values)[int(0.99 * (len(values) - 1))]
         axes.axhline(middle, color=MUTED, linewidth=0.9, linestyle=(0, (5, 3)))
@@ -174,7 +181,7 @@ def _draw_throughput(axes: "Axes", run: Run, found: Sequence[Stall]) -> None:
         if any(s.cause == cause for s in found)
     ]
     if handles:
-        axes.legend(handles=handles, loc="lower right", ncols=2)
+        axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.62, 0.97), ncols=2, fontsize=8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=TICKS))
 
@@ -213,7 +220,10 @@ def _draw_line(axes: "Axes", run: Run, key: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     steps, values = series(run.train, key)
-    axes.plot(*thin(steps, values), color=TRAIN, linewidth=1.3)
+    if key == "mfu":
+        draw_noisy(axes, steps, values, width=1.3)
+    else:
+        axes.plot(*thin(steps, values), color=TRAIN, linewidth=1.3, marker="o" if len(steps) == 1 else None)
     axes.set_ylim(0, 1.2 * sorted(values)[int(0.99 * (len(values) - 1))] or 1.0)
     axes.set_xlabel("step")
     if key == "mfu":

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlm_dist.report.words import short
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -31,7 +33,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.left": False,
     "grid.color": GRID,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "ytick.left": False,
@@ -71,9 +74,36 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     return out
 
 
-def reach(count: int) -> int:
-    """Over how many values on each side a curve of ``count`` is smoothed."""
-    return min(count // 40, max(50, count // 200))
+def smoothed(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """A curve smoothed over a fortieth of it, and less of a long one, and thinned; of a long one without its outermost points, which would be
+    means over almost nothing.
+    """
+    reach = min(len(ys) // 40, max(50, len(ys) // 200))
+    ends = reach // 10
+    means = smooth(ys, reach)
+    return thin(xs[ends : len(xs) - ends], means[ends : len(ys) - ends])
+
+
+def draw_noisy(
+    axes: "Axes", xs: Sequence[float], ys: Sequence[float], width: float = 1.8, label: str | None = None
+) -> None:
+    """A training curve: pale as it is, and smoothed."""
+    marker = "o" if len(xs) == 1 else None
+    axes.plot(*thin(xs, ys), color=TRAIN, alpha=0.28, linewidth=0.8)
+    axes.plot(*smoothed(xs, ys), color=TRAIN, linewidth=width, marker=marker, markersize=4, label=label)
+
+
+def few_markers(count: int) -> dict[str, Any]:
+    """Marks for the points of a curve, unless they would hide it."""
+    return {"marker": "o", "markeredgecolor": "white"} if count <= 60 else {}
+
+
+def count_steps(axes: "Axes", most: int = 8) -> None:
+    """Ticks for steps, or for tokens, below the axes."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=TICKS))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}" if abs(v) < 1e4 else short(v)))
 
 
 def thin(xs: Sequence[float], ys: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_dist.report.run import Run, series
-from mlm_dist.report.style import MUTED, TICKS, TRAIN, VAL, picture, reach, smooth, thin, title
+from mlm_dist.report.style import MUTED, TICKS, TRAIN, VAL, count_steps, draw_noisy, few_markers, picture, thin, title
 from mlm_dist.report.words import scientific, short
 
 if TYPE_CHECKING:
@@ -40,18 +40,15 @@ def _draw_loss(axes: "Axes", run: Run) -> None:
     steps, values = series(run.train, "loss")
     val_steps, val_values = series(run.val, "loss")
     if values:
-        axes.plot(*thin(steps, values), color=TRAIN, alpha=0.28, linewidth=0.8)
-        smoothed = smooth(values, reach(len(values)))
-        axes.plot(*thin(steps, smoothed), color=TRAIN, linewidth=1.8, label="training (smoothed)")
+        draw_noisy(axes, steps, values, label="training (smoothed)")
     if val_values:
         axes.plot(
             val_steps,
             val_values,
             color=VAL,
             linewidth=1.4,
-            marker="o",
             markersize=4.5,
-            markeredgecolor="white",
+            **few_markers(len(val_steps)),
             label="validation",
             zorder=4,
             clip_on=False,
@@ -83,10 +80,15 @@ def _draw_loss(axes: "Axes", run: Run) -> None:
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
     title(axes, "Loss (nats per masked token)")
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=TICKS))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=TICKS))
+    count_steps(axes)
     _mark_restarts(axes, run, named=True)
     if values or val_values:
-        axes.legend(loc="lower left")
+        # Where a falling curve leaves room: at the bottom, until it has fallen too early for that.
+        early = shown[len(values) // 5] if values else max(shown)
+        if early > min(shown) + 0.2 * (max(shown) - min(shown)):
+            axes.legend(loc="lower left")
+        else:  # below the names of the restarts
+            axes.legend(loc="upper right", bbox_to_anchor=(1, 0.95))
 
 
 def _draw_panel(
@@ -101,8 +103,7 @@ def _draw_panel(
         axes.set_yticks([])
         return
     if val or median:
-        axes.plot(*thin(steps, values), color=TRAIN, alpha=0.28, linewidth=0.8)
-        axes.plot(*thin(steps, smooth(values, reach(len(values)))), color=TRAIN, linewidth=1.6)
+        draw_noisy(axes, steps, values, width=1.6)
     else:
         axes.plot(*thin(steps, values), color=TRAIN, linewidth=1.6)
     if val:
@@ -112,9 +113,8 @@ def _draw_panel(
             val_values,
             color=VAL,
             linewidth=1.2,
-            marker="o",
             markersize=3.5,
-            markeredgecolor="white",
+            **few_markers(len(val_steps)),
             clip_on=False,
         )
     if median:
@@ -136,7 +136,8 @@ def _draw_panel(
 
 def _mark_restarts(axes: "Axes", run: Run, *, named: bool = False) -> None:
     for step in run.restarts:
-        axes.axvline(step, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        faint = 1.0 if len(run.restarts) <= 8 else 0.4
+        axes.axvline(step, color=MUTED, alpha=faint, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     if named and 0 < len(run.restarts) <= 4:
         for step in run.restarts:
             axes.annotate(

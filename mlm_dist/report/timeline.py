@@ -26,6 +26,7 @@ _ENDS: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("preempted", "cancelled", "stopped"), _STOPPED),
     **dict.fromkeys(("failed", "hung", "died"), _BAD),
 }
+_NAMES = {_GOOD: "finished", _AWAITED: "running", _STOPPED: "stopped on request", _BAD: "failed, hung or died"}
 # Lanes of marks from the top: name, kinds of events, marker, colour. What has no lane here goes to the last.
 _LANES: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("checkpoint kept", (), "D", COLOURS[2]),
@@ -68,7 +69,7 @@ def draw_timeline(run: Run, path: Path) -> bool:
     heights = [1.5, 0.36, 0.22 * max(1, len(lanes))]
     height = sum(heights) + 1.25
     with picture(path, 10.5, height) as figure:
-        grid = figure.add_gridspec(3, 1, height_ratios=heights, left=0.135, right=0.955, top=1 - 0.36 / height,
+        grid = figure.add_gridspec(3, 1, height_ratios=heights, left=0.16, right=0.955, top=1 - 0.36 / height,
                                    bottom=0.42 / height, hspace=0.5 / (sum(heights) / 3))  # fmt: skip
         steps = figure.add_subplot(grid[0])
         bars = figure.add_subplot(grid[1], sharex=steps)
@@ -127,8 +128,12 @@ def _draw_steps(axes: "Axes", run: Run) -> None:
 
 def _draw_attempts(axes: "Axes", attempts: list[Attempt], wall: float) -> None:
     from matplotlib.dates import date2num
+    from matplotlib.patches import Patch
 
     title(axes, "Attempts")
+    ends = {_ENDS[a.ended][0]: Patch(color=_ENDS[a.ended][0], label=_NAMES[_ENDS[a.ended]]) for a in attempts}
+    axes.legend(handles=list(ends.values()), loc="lower right", bbox_to_anchor=(1.0, 0.9), ncols=4, fontsize=8,
+                handlelength=1.2)  # fmt: skip
     axes.set_ylim(0, 1)
     axes.set_yticks([])
     for a in attempts:
