@@ -10,6 +10,14 @@ from mlm_dist.report.run import Record, Run, account, moment, number, series, sp
 from mlm_dist.report.words import duration, meaning, plural, rest, short, when
 
 Rows = list[tuple[str, str]]
+# A model's sizes, by the names that configs have for them.
+_SIZES = (
+    ("model_type",),
+    ("num_hidden_layers", "n_layers"),
+    ("hidden_size", "dim"),
+    ("num_attention_heads", "n_heads"),
+    ("vocab_size",),
+)
 # Lines of a table that could be without end, the newest of each kind of event, and of all kinds.
 MOST_LOSSES, MOST_OF_A_KIND, MOST_EVENTS = 50, 40, 300
 
@@ -101,8 +109,9 @@ def recipe(run: Run) -> Rows:
         with contextlib.suppress(KeyError, ValueError, TypeError):  # not recorded
             out.append((label, form.format(**values)))
 
+    model = {name: next((run.model[k] for k in (name, *others) if k in run.model), None) for name, *others in _SIZES}
     sizes = "{num_hidden_layers} layers, hidden {hidden_size}, {num_attention_heads} heads, vocabulary {vocab_size:,}"
-    add("Model", sizes, run.model)
+    add("Model", "{model_type}, " + sizes, model)
     add(
         "Begins from",
         "{init}" + (" ({name_or_path})" if section["model"].get("name_or_path") else ""),

@@ -28,10 +28,14 @@ class Page(HTMLParser):
         self.references: list[str] = []
         self.tags: set[str] = set()
         self._cell = False
+        self._open: list[str] = []
         self.feed(path.read_text())
+        assert not self._open, f"never closed: {self._open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        if tag not in ("img", "meta"):
+            self._open.append(tag)
         self.references += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "background")]
         assert not any(k.startswith("on") or (k == "style" and "url" in (v or "")) for k, v in attrs)
         if tag == "tr":
@@ -41,6 +45,7 @@ class Page(HTMLParser):
             self._cell = True
 
     def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
         self._cell = self._cell and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
@@ -256,6 +261,41 @@ def test_hostile_names_and_texts_stay_text(tmp_path: Path) -> None:
         assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
         assert page.references and all(r.startswith("data:image/png;base64,") for r in page.references)
         assert "url(" not in text and "@import" not in text and "hunter2" not in text and "<img src=x" not in text
+
+
+def test_what_the_run_is_and_what_it_predicted(tmp_path: Path) -> None:
+    rows = [
+        {"text": "The «[MASK]» sat.", "truth": "cat", "predictions": [["dog", 0.25], ["cat", 0.125]]},
+        {"text": "odd"},
+    ]
+    config = {
+        "data": {"manifest": "m.json", "seq_len": 128, "packing": "split"},
+        "train": {"global_batch": 256, "micro_batch": 8, "precision": "bf16"},
+        "optim": {"name": "adamw", "lr": 1e-4},
+    }
+    run_dir = write_run(
+        tmp_path / "run",
+        records(0, 20, T, 1),
+        config__yaml=json.dumps(config),
+        env__json={"python": "3.11", "gpus": ["A", "B"], "packages": {"torch": "2.13"}, "commit": None},
+        identity__json={"identity": {"data.manifest": "f00d"}},
+        predictions__jsonl='{"step": 10, "rows": []}\n' + json.dumps({"step": 20, "rows": rows}) + "\n",
+    )
+    (run_dir / "model").mkdir()
+    sizes = {"model_type": "distilbert", "n_layers": 6, "dim": 768, "n_heads": 12, "vocab_size": 30522}
+    (run_dir / "model" / "config.json").write_text(json.dumps(sizes))
+    page = Page(report(run_dir)[-1])
+    for row in (
+        ["Model", "distilbert, 6 layers, hidden 768, 12 heads, vocabulary 30,522"],
+        ["Fingerprint of the data", "f00d"],
+        ["Rows", "128 tokens, packing split"],
+        ["Batch", "256 rows a step, micro-batch 8, bf16"],
+        ["Gpus", '["A", "B"]'],
+        ["The «[MASK]» sat.", "cat", "dog 25%, cat 12%"],
+        ["odd", "", ""],
+    ):
+        assert row in page.rows, row
+    assert not [row for row in page.rows if row[0] in ("Optimizer", "Commit", "DeepSpeed")]  # not recorded in full
 
 
 def test_several_runs_side_by_side(troubled: Path, tmp_path: Path) -> None:
