@@ -54,7 +54,7 @@ def facts(run: Run) -> Rows:
 
     if run.status.get("state"):
         reason = f" ({run.status['reason']})" if run.status.get("reason") else ""
-        add("State", f"{run.status['state']}{reason}")
+        add("State", _one_line(f"{run.status['state']}{reason}"))
     add("Steps", max(r["step"] for r in (*run.train, *run.val)), "{:,}")
     if run.restarts:
         add("Restarts at steps", ", ".join(map(str, run.restarts[:20])) + ", …" * (len(run.restarts) > 20))

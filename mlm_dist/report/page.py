@@ -176,5 +176,5 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    wide = ' class="wide"' if len(header) > 5 else ""
+    wide = ' class="wide"' if len(header) > 4 else ""
     return f"<div{wide}><table><tr>{head}</tr>{body}</table></div>"
