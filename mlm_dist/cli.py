@@ -29,7 +29,7 @@ COMMANDS = {
     "fill-mask": ("mlm_dist.fill_mask", "fill [MASK] in sentences"),
     "watch": ("mlm_dist.watch_command", "how a run elsewhere stands, by its directory"),
     "sync": ("mlm_dist.sync", "replay a run's metrics into W&B"),
-    "report": ("mlm_dist.report", "picture and page of a run"),
+    "report": ("mlm_dist.report.command", "page and pictures of a run, or of several side by side"),
 }
 # These take run-config flags (--train.steps 10) besides their own.
 WITH_OVERRIDES = ("data", "plan", "doctor", "checkpoint")

@@ -5,19 +5,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
-
+from mlm_dist import export_check, export_onnx, model_card
 from mlm_dist.errors import UserError
-from mlm_dist.files import read_json, read_yaml
+from mlm_dist.export_hub import Hub
 from mlm_dist.model.pretrained import quiet
-from mlm_dist.redact import redact
-from mlm_dist.tracking import read_metrics
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM, PreTrainedTokenizerFast
@@ -28,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # Written into each export, so that a later one knows a directory that it may replace.
 _MARK = "mlm_dist_export.json"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -123,26 +121,62 @@ def _tokenizer(run_dir: Path) -> "PreTrainedTokenizerFast":
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
 
-def export(path: str | Path, output: str | Path | None = None, *, step: int | None = None, best: bool = False) -> Path:
-    """Write config, weights (safetensors, fp32), tokenizer and model card; returns the directory, by default
+def export(
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    dtype: str = "fp32",
+    onnx: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """Write config, weights (safetensors), tokenizer and model card; returns the directory, by default
     ``RUN/export``.
 
     The directory appears whole or not at all: it is written beside its place, loaded again through
         AutoModelForMaskedLM, compared to the bit with the checkpoint, then renamed. An export that is already there
         is replaced.
 
+    Args:
+        dtype: of the weights, one of DTYPES; those of the checkpoint, which are fp32, are rounded to it.
+        onnx: write ``model.onnx`` too.
+        say: told how far what other programs compute from the export is from what the checkpoint's model does; without it that is not looked at.
+
     Raises:
-        UserError: no checkpoint there, or ``output`` exists and is no export.
+        UserError: no checkpoint there, ``output`` exists and is no export, the weights do not fit ``dtype``, or ONNX is not installed.
+        RuntimeError: what was written is not the checkpoint's model.
     """
+    if onnx:
+        export_onnx.check_installed()
+        if dtype != "fp32":
+            raise UserError(f"--dtype: {dtype} has no ONNX export; leave out --onnx or --dtype")
     source = find(path, step, best=best)
     target = Path(output) if output is not None else source.run_dir / "export"
     if target.exists() and not (target / _MARK).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output: {str(target)!r} exists and is no export of mlm-dist; give another directory")
     model, tokenizer = load(source)
+    _round(model, dtype)
     with _replacing(target) as directory, quiet():
         _write(directory, source, model, tokenizer)
         _verify(directory, model, tokenizer)
+        if onnx:
+            export_onnx.write(directory, model, tokenizer)
+        if say is not None:
+            for line in export_check.report(directory, model.float(), tokenizer):
+                say(line)
     return target
+
+
+def _round(model: "BertForMaskedLM", dtype: str) -> None:
+    import torch
+
+    model.to(getattr(torch, DTYPES[dtype]))
+    lost = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if lost:
+        raise UserError(
+            f"--dtype: {dtype} cannot hold {lost[0]}, which has numbers too large for it, or none; give bf16 or fp32"
+        )
 
 
 @contextmanager
@@ -172,7 +206,11 @@ def _write(directory: Path, source: Source, model: "BertForMaskedLM", tokenizer:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     reader = Reader(source.checkpoint)
-    (directory / "README.md").write_text(card(source, reader.step, reader.trainer, model, tokenizer), encoding="utf-8")
+    dtype = next(name for name, long in DTYPES.items() if str(model.dtype) == f"torch.{long}")
+    of = model_card.Exported(source.run_dir, reader.step, reader.trainer, dtype)
+    model_card.write(directory, of, model, tokenizer)
+    for weights in directory.glob("*.safetensors"):  # which safetensors writes for their owner alone
+        shutil.copymode(directory / "README.md", weights)
     mark = {"format": "mlm_dist.export", "version": 1, "run": source.run_dir.resolve().name, "step": reader.step}
     (directory / _MARK).write_text(json.dumps(mark, indent=1) + "\n")
 
@@ -186,7 +224,8 @@ def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTok
     written = dict(loaded.named_parameters(remove_duplicate=False))
     for name, value in model.named_parameters(remove_duplicate=False):
         # As integers: bits, so that -0.0 is not 0.0 and a NaN is itself.
-        if not torch.equal(written[name].view(torch.int32), value.view(torch.int32)):
+        bits = torch.int32 if value.element_size() == 4 else torch.int16
+        if written[name].dtype != value.dtype or not torch.equal(written[name].view(bits), value.view(bits)):
             raise RuntimeError(f"{directory}: {name} differs after loading it again")
     if loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight:
         raise RuntimeError(f"{directory}: the decoder is not tied after loading it again")
@@ -195,106 +234,6 @@ def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTok
         != tokenizer.get_vocab()
     ):
         raise RuntimeError(f"{directory}: the tokenizer differs after loading it again")
-
-
-def card(
-    source: Source,
-    step: int,
-    trainer: Mapping[str, Any],
-    model: "BertForMaskedLM",
-    tokenizer: "PreTrainedTokenizerFast",
-) -> str:
-    """The model card (Markdown with the hub's YAML head): what the model is, from which data and recipe, and how far
-    it came.
-    """
-    name, config = source.run_dir.resolve().name, redact(read_yaml(source.run_dir / "config.yaml"))
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "fill-mask",
-        "tags": ["bert", "fill-mask", "mlm-dist"],
-        "mask_token": tokenizer.mask_token,
-    }
-    c = model.config
-    size = sum(p.numel() for p in model.parameters())
-    facts = {
-        "Model": f"BertForMaskedLM, {c.num_hidden_layers} layers, hidden {c.hidden_size}, "
-        f"{c.num_attention_heads} heads, {size:,} parameters",
-        "Vocabulary": f"{len(tokenizer):,} tokens",
-        "Longest input": f"{c.max_position_embeddings} tokens",
-        "Steps": f"{step:,}",
-        **_training_facts(source.run_dir, step, trainer, config),
-    }
-    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items())
-    recipe = yaml.safe_dump(config, sort_keys=False).strip() if config else "not recorded"
-    # A fence longer than any run of backticks in the recipe.
-    fence = "```" if "```" not in recipe else "`" * 12
-    return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
----
-
-# {name}
-
-A BERT masked-language model trained with mlm-dist.
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-```python
-from transformers import pipeline
-
-fill = pipeline("fill-mask", model="path/to/this/directory")
-fill("The first word of this sentence is {tokenizer.mask_token}.")
-```
-
-## Recipe
-
-{fence}yaml
-{recipe}
-{fence}
-"""
-
-
-def _training_facts(run_dir: Path, step: int, trainer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    facts = {}
-    data = config.get("data") or {}
-    if data.get("manifest"):
-        facts["Data"] = f"`{data['manifest']}`"
-    if data.get("seq_len"):
-        facts["Sequence length in training"] = f"{data['seq_len']} tokens"
-    records = (
-        [r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] <= step]
-        if (run_dir / "metrics.jsonl").is_file()
-        else []
-    )
-    train = [r for r in records if r["kind"] == "train"]
-    val = [r for r in records if r["kind"] == "val" and r.get("loss") is not None]
-    tokens = trainer.get("tokens") or (train[-1].get("tokens") if train else None)
-    if tokens:
-        facts["Useful tokens seen"] = f"{tokens:,}"
-    if train and train[-1].get("epoch") is not None:
-        facts["Epochs"] = f"{train[-1]['epoch']:.3g}"
-    if train and train[-1].get("loss") is not None:
-        # With labels: all the loss is over unmasked tokens too; validation is always over masked ones.
-        kind = "masked" if (config.get("mask") or {}).get("labels", "masked") == "masked" else "labelled"
-        facts["Training loss"] = f"{train[-1]['loss']:.4f} nats per {kind} token (step {train[-1]['step']:,})"
-    if val:
-        last = val[-1]
-        more = [f"perplexity {last['perplexity']:.2f}"] if last.get("perplexity") is not None else []
-        more += [f"accuracy {last['accuracy']:.1%}"] if last.get("accuracy") is not None else []
-        facts["Validation loss"] = (
-            ", ".join([f"{last['loss']:.4f} nats per masked token", *more]) + f" (step {last['step']:,})"
-        )
-    packages = (read_json(run_dir / "env.json") or {}).get("packages")
-    if packages:
-        facts["Software"] = ", ".join(f"{k} {v}" for k, v in packages.items())
-    return facts
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +248,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--best", action="store_true", help="the checkpoint with the lowest validation loss of those kept"
     )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--onnx", action="store_true", help="write model.onnx too, for any number of rows and any length"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare what transformers, sentence-transformers and ONNX Runtime, where installed, compute with it",
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload it to the Hugging Face hub; the token is HF_TOKEN"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -317,5 +269,22 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():  # save_pretrained imports DeepSpeed, which else warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    print(export(args.source, args.output, step=args.step, best=args.best))
+    hub = None if args.push_to_hub is None else Hub(args.push_to_hub, private=args.private)
+    if hub is None and args.private:
+        raise UserError("--private: is for --push-to-hub REPO")
+    if hub is not None:
+        hub.check()
+    directory = export(
+        args.source,
+        args.output,
+        step=args.step,
+        best=args.best,
+        dtype=args.dtype,
+        onnx=args.onnx,
+        say=print if args.check else None,
+    )
+    print(directory)
+    if hub is not None:
+        mark = json.loads((directory / _MARK).read_text())
+        print(hub.push(directory, f"Step {mark['step']} of {mark['run']}"))
     return 0

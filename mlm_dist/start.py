@@ -101,6 +101,7 @@ def _open(
     facts = {
         "stage": inputs.ds_config["zero_optimization"]["stage"],
         "known_losses": inputs.known_losses(),
+        "documents": inputs.num_documents,
         "changed": changed,
         "branch_from": config.run.branch_from,
     }

@@ -382,7 +382,7 @@ class Run:
             self.step, self.tokens, self.bytes = self.step + 1, self.tokens + tokens, self.bytes + batch_bytes
             self.position.step, self.position.settled = self.step, True
             self.cursors = batch.cursors
-            meter.count(tokens, attended, selected)
+            meter.count(*((tokens, attended, selected) if result is not None else (0, 0, 0)))  # what was computed
             with self.clock.phase(COMMUNICATION):
                 self.stragglers.step()
             if bad:
@@ -646,9 +646,8 @@ class Run:
         if self.tracker is not None:
             reason = self.flag.reason if code == EXIT_STOPPED else ""
             with contextlib.suppress(OSError):
-                self.tracker.event(
-                    {"kind": "finished" if code == EXIT_FINISHED else "stopped", "step": self.step, "reason": reason}
-                )
+                kind = "finished" if code == EXIT_FINISHED else "stopped"
+                self.tracker.event({"kind": kind, "step": self.step, "reason": reason, "requeue": requeue})
                 where = f"checkpoint {self.dir.path / 'checkpoints' / checkpoint.name(self.step)}"
                 if code == EXIT_FINISHED:
                     self.console.say(f"finished after {self.step} steps and {self.tokens:,} tokens; {where}")

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from mlm_dist import cli
+from mlm_dist.report import facts
+from mlm_dist.report.run import account, load
+from mlm_dist.tracking import read_metrics
 from tests.e2e.faulty import FAULTS, fault
 from tests.e2e.program import Program, losses, save_config
 
@@ -103,7 +106,18 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_beginning_and_not_for_ever(
     Program(config, 2, ["--run.name", "undisturbed"]).start().finish()
     got = losses(run)
     assert losses(undisturbed) == got
-    assert [step for step, loss in got.items() if loss is None] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    left_out = [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert [step for step, loss in got.items() if loss is None] == left_out
+    speeds = {r["step"]: r["tokens_per_s"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"}
+    assert [step for step, speed in speeds.items() if speed == 0] == left_out
+
+    reported = load(run)
+    assert [(a.ended, a.ranks) for a in reported.attempts] == [("failed", 2), ("finished", 2)]
+    assert "train.max_rollbacks" in reported.attempts[0].reason and reported.attempts[1].last == 14
+    parts = account(reported)
+    assert parts["kept"] > 0 and parts["repeated"] > 0 and parts["rest"] > 0
+    assert sum(parts[k] for k in ("kept", "repeated", "gaps", "rest")) == pytest.approx(parts["wall"])
+    assert dict(facts.data(reported))["Batches left out since roll-backs"] == "1 to 4, 5 to 10"
 
 
 def test_a_spike_is_skipped_in_its_step_whatever_the_ranks(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from mlm_dist import report as report_module
 from mlm_dist.errors import UserError
-from mlm_dist.report import load, report
-from mlm_dist.report_figure import smooth
+from mlm_dist.report import command, facts
+from mlm_dist.report.command import report
+from mlm_dist.report.run import load
+from mlm_dist.report.style import smooth, thin
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -80,16 +81,16 @@ def test_a_restarted_run(tmp_path: Path) -> None:
     run = load(tmp_path / "demo")
     assert run.restarts == [41] and run.unigram_entropy == 6.5
     assert [r["step"] for r in run.train] == list(range(1, 101))
-    png, page = report(tmp_path / "demo")
+    png, *_, page = report(tmp_path / "demo")
     assert png.read_bytes().startswith(PNG)
-    facts = _Page(page.read_text())
-    assert facts.fact("State") == "finished"
-    assert facts.fact("Best validation loss") == "3.000 at step 100"
-    assert facts.fact("Restarts at steps") == "41"
-    assert facts.fact("Unigram entropy") == "6.500 nats"
-    assert facts.fact("Skipped steps") == "3"
-    assert facts.fact("Useful tokens") == "10 k"
-    assert facts.fact("Median throughput") == "1 k useful tokens/s"
+    shown = _Page(page.read_text())
+    assert shown.fact("State") == "finished"
+    assert shown.fact("Best validation loss") == "3.000 at step 100"
+    assert shown.fact("Restarts at steps") == "41"
+    assert shown.fact("Unigram entropy") == "6.500 nats"
+    assert shown.fact("Skipped steps") == "3"
+    assert shown.fact("Useful tokens") == "10 k"
+    assert shown.fact("Median throughput") == "1 k useful tokens/s"
 
 
 def test_the_page_needs_no_other_file_and_shows_hostile_text_as_text(tmp_path: Path) -> None:
@@ -101,14 +102,14 @@ def test_the_page_needs_no_other_file_and_shows_hostile_text_as_text(tmp_path: P
         config__yaml=f"data:\n  manifest: https://user:hunter2@host/m.json\n  note: '{attack}'\n",
         events__jsonl=json.dumps({"time": 1.79e9, "kind": attack, "password": "hunter2"}) + "\nnot json\n",
     )
-    text = report(run_dir)[1].read_text()
+    text = report(run_dir)[-1].read_text()
     tags = _Page(text).tags
     names = [name for name, _ in tags]
     assert "script" not in names and "link" not in names
     for _, attributes in tags:
         for value in (attributes.get("src"), attributes.get("href")):
             assert value is None or value.startswith("data:image/png;base64,")
-    assert names.count("img") == 1 and "a&amp;b" in text
+    assert names.count("img") >= 2 and "a&amp;b" in text
     assert "hunter2" not in text
 
 
@@ -128,7 +129,7 @@ def test_sparse_runs_draw_without_a_warning(tmp_path: Path, records: list[dict[s
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        png, page = report(write_run(tmp_path / "r", records), tmp_path / "out")
+        png, *_, page = report(write_run(tmp_path / "r", records), tmp_path / "out")
     assert png.parent == tmp_path / "out" and png.read_bytes().startswith(PNG)
     assert page.read_text().endswith("</html>\n")
 
@@ -156,6 +157,16 @@ def test_smoothing_has_no_lag() -> None:
     assert smooth([], 3) == []
 
 
+def test_a_thinned_curve_keeps_its_ends_and_every_peak() -> None:
+    ys = [float(i % 7) for i in range(100_000)]
+    ys[54_321], ys[77_777] = 500.0, -500.0
+    xs, thinned = thin(list(range(len(ys))), ys, most=1000)
+    assert len(xs) == len(thinned) <= 1002
+    assert (xs[0], xs[-1]) == (0, 99_999) and {(54_321, 500.0), (77_777, -500.0)} <= set(zip(xs, thinned, strict=True))
+    assert xs == sorted(xs) and all(ys[int(x)] == y for x, y in zip(xs, thinned, strict=True))
+    assert thin([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
+
+
 def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         report(tmp_path / "none")
@@ -172,18 +183,17 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    report_module.add_arguments(parser)
+    command.add_arguments(parser)
     write_run(tmp_path / "r", [step(1), step(2)])
-    assert report_module.run(parser.parse_args([str(tmp_path / "r"), "--output", str(tmp_path / "o")])) == 0
+    assert command.run(parser.parse_args([str(tmp_path / "r"), "--output", str(tmp_path / "o")])) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed == [tmp_path / "o" / "report.png", tmp_path / "o" / "report.html"] and all(
-        p.is_file() for p in printed
-    )
+    assert printed[0] == tmp_path / "o" / "report.png" and printed[-1] == tmp_path / "o" / "report.html"
+    assert set(printed) == set((tmp_path / "o").iterdir())
 
 
 def test_speed_is_told_by_what_a_step_is_spent_on(tmp_path: Path) -> None:
     spent = {"step_time": 2.0, "data_wait": 0.1, "time_forward": 0.5, "time_backward": 1.0, "time_communication": 0.2}
     records = [step(n, mfu=0.5, **spent) for n in (10, 20)] + [step(30)]
-    facts = dict(report_module._facts(load(write_run(tmp_path / "run", records))))
-    assert facts["A step's time"] == "backward 50%, forward 25%, communication 10%, waiting for data 5%"
-    assert facts["Median MFU"].startswith("50.0%")
+    found = dict(facts.facts(load(write_run(tmp_path / "run", records))))
+    assert found["A step's time"] == "backward 50%, forward 25%, communication 10%, waiting for data 5%"
+    assert found["Median MFU"].startswith("50.0%")
