@@ -20,7 +20,7 @@ from mlm_dist.storage.store import Store
 
 if TYPE_CHECKING:
     from mlm_dist.eval_models import Candidate
-    from mlm_dist.eval_rows import EvalData, Settings
+    from mlm_dist.eval_rows import Settings
     from mlm_dist.eval_scores import Census, Device, Group
 
 T = TypeVar("T")
@@ -195,7 +195,8 @@ def settle(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> Sett
                 raise UserError(
                     f"--{setting.replace('_', '-')}: the runs differ in {section}.{setting} ({each}), so their masks would; give one for all"
                 )
-            chosen.update({setting: value for value in known.values()})
+            if known:
+                chosen[setting] = next(iter(known.values()))
     settings = Settings(**chosen)
     settings.check()
     return settings

@@ -160,9 +160,9 @@ def _part_sums(data: EvalData, census: Census, scorer: Scorer, device: Device, r
 def judge(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of fp32 scores [M, V] against labels int64 [M]: cross-entropies fp32 [M], whether right, and whether among the first ``TOP``, bool [M]."""
     losses = F.cross_entropy(scores, labels, reduction="none")
-    # Counted by what is not at most the label's, so that a NaN is not right.
-    before = (~(scores <= scores.gather(1, labels[:, None]))).sum(1)
-    return losses, scores.argmax(1) == labels, before < TOP
+    # Counted by what is not at most the label's, so that among NaNs nothing is right.
+    top = (~(scores <= scores.gather(1, labels[:, None]))).sum(1) < TOP
+    return losses, (scores.argmax(1) == labels) & top, top
 
 
 def _means(parts: np.ndarray) -> dict[str, Any]:
