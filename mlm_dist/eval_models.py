@@ -137,7 +137,8 @@ class Scorer:
             raise UserError(
                 f"{name}: its tokenizer has {tokenizer.vocab_size:,} tokens, the model {size:,}; the two do not belong together"
             )
-        self._check_length(tokenizer, seq_len)
+        row = [tokenizer.cls_id, *[int(tokenizer.ordinary[0])] * (seq_len - 2), tokenizer.sep_id]
+        check_length(model.base_model, row, flag="--seq-len", name=name)
         self._encoder = model.base_model
         self._places: Tensor | None = None
         self.sparse = False
@@ -187,18 +188,17 @@ class Scorer:
             return False
         return few.shape == full.shape and torch.allclose(few, full, rtol=1e-4, atol=1e-5)
 
-    def _check_length(self, tokenizer: TextTokenizer, seq_len: int) -> None:
-        positions = getattr(self.model.config, "max_position_embeddings", None) or seq_len
-        row = [tokenizer.cls_id, *[int(tokenizer.ordinary[0])] * (seq_len - 2), tokenizer.sep_id]
-        try:
-            if seq_len > positions:
-                raise IndexError
-            # Some begin to count positions at 2, so that their number alone does not tell.
-            with torch.inference_mode():
-                self.model.base_model(
-                    input_ids=torch.tensor([row]), attention_mask=torch.ones(1, seq_len, dtype=torch.int64)
-                )
-        except (IndexError, RuntimeError) as error:
-            raise UserError(
-                f"--seq-len {seq_len}: {self.name} does not read rows of so many tokens (its config says {positions} positions); give a shorter one"
-            ) from error
+
+def check_length(encoder: PreTrainedModel, row: list[int], *, flag: str, name: str) -> None:
+    """Raises UserError, which names ``flag``, if a row of so many tokens is too long for the encoder, on the CPU."""
+    positions = getattr(encoder.config, "max_position_embeddings", None) or len(row)
+    try:
+        if len(row) > positions:
+            raise IndexError
+        # Some begin to count positions at 2, so that their number alone does not tell.
+        with torch.inference_mode():
+            encoder(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.int64))
+    except (IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{flag} {len(row)}: {name} does not read rows of so many tokens (its config says {positions} positions); give a shorter one"
+        ) from error
