@@ -36,11 +36,13 @@ class Job:
 
     Attributes:
         data: path or URL of the manifest.
+        frequencies: of the manifest whose words say how frequent a word is; None for the same.
         documents: how many the pseudo-perplexity is taken of; 0 for none.
     """
 
     models: list[Candidate]
     data: str
+    frequencies: str | None
     settings: Settings
     documents: int
 
@@ -53,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", nargs="+", metavar="MODEL", help="run directory, checkpoint, exported model or hub name"
     )
     parser.add_argument("--data", metavar="MANIFEST", help="path or URL (default: the validation set of the first run)")
+    parser.add_argument(
+        "--frequencies",
+        metavar="MANIFEST",
+        help="tell words apart by their frequency there, in the training data say (default: in --data)",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--steps", metavar="N,N", type=_steps, default=[], help="of each run the checkpoints of these")
     which.add_argument(
@@ -91,10 +98,9 @@ def run(args: argparse.Namespace) -> int:
     """``mlm-dist eval``."""
     group, device = join(args.device, args.precision)
     job = agreed(group, lambda: plan(args))
-    manifest, store = _open(job.data, args.allow_pipe)
-    results = evaluate(job, manifest, store, args.batch, group, device)
+    results = evaluate(job, args, group, device)
     if group.rank == 0:
-        _show(args, job, manifest, results)
+        _show(args, job, results)
     return 0
 
 
@@ -165,13 +171,15 @@ def plan(args: argparse.Namespace) -> Job:
     if not data:
         raise UserError("--data: missing, and no run among the models has a validation set (data.val_manifest)")
     settings = settle(args, configs)
-    manifest, store = _open(data, args.allow_pipe)
-    manifest.check_files(store=store)
+    for name in filter(None, (data, args.frequencies)):
+        manifest, store = _open(name, args.allow_pipe)
+        manifest.check_files(store=store)
+    manifest, _ = _open(data, args.allow_pipe)
     if manifest.text_field not in (None, settings.text_field):
         if args.text_field is not None:
             raise UserError(f"--text-field {args.text_field}: {data} was indexed with --field {manifest.text_field}")
         settings = replace(settings, text_field=manifest.text_field)
-    return Job(models, data, settings, args.pseudo_perplexity)
+    return Job(models, data, args.frequencies, settings, args.pseudo_perplexity)
 
 
 def settle(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> Settings:
@@ -209,10 +217,8 @@ def _open(data: str, allow_pipe: bool) -> tuple[Manifest, Store]:
     return manifest, Store(manifest.root, allow_pipe=allow_pipe)
 
 
-def evaluate(
-    job: Job, manifest: Manifest, store: Store, batch: int, group: Group, device: Device
-) -> list[dict[str, Any]]:
-    """The numbers of each model of the job, on rank 0; empty on the others. Collective.
+def evaluate(job: Job, args: argparse.Namespace, group: Group, device: Device) -> list[dict[str, Any]]:
+    """The numbers of each model of the job, on rank 0. Collective.
 
     Raises:
         UserError: a model cannot be loaded or does not fit the data.
@@ -222,6 +228,7 @@ def evaluate(
     from mlm_dist.eval_models import Scorer
     from mlm_dist.eval_rows import EvalData
 
+    opened = [_open(name, args.allow_pipe) for name in (job.data, job.frequencies) if name is not None]
     results = []
     texts: list[str] = []
     censuses: dict[str, Census] = {}
@@ -229,25 +236,29 @@ def evaluate(
         model, pretrained = candidate.load()
         tokenizer = tokenizers.from_pretrained(pretrained)
         scorer = Scorer(model, tokenizer, job.settings.seq_len, candidate.name).to(device.device)
-        data = EvalData(manifest, store, tokenizer, job.settings, batch)
+        data, *others = (EvalData(*source, tokenizer, job.settings, args.batch) for source in opened)
         if tokenizer.fingerprint not in censuses:
-            censuses[tokenizer.fingerprint] = eval_scores.take_census(data, group)
+            censuses[tokenizer.fingerprint] = eval_scores.take_census(data, group, *others)
         result = eval_scores.measure(data, censuses[tokenizer.fingerprint], scorer, group, device)
         if job.documents:
             texts = texts or eval_pseudo.choose(data.maker, job.documents, group)
             result["pseudo"] = eval_pseudo.measure(data, texts, scorer, group, device)
+        if group.rank == 0 and result["loss"] is not None:
+            print(f"{candidate.label}: loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}", file=sys.stderr)
         facts = {"model": candidate.name, "step": candidate.step, "label": candidate.label}
         results.append({**facts, "tokenizer": tokenizer.fingerprint, **result})
     return results
 
 
-def _show(args: argparse.Namespace, job: Job, manifest: Manifest, results: list[dict[str, Any]]) -> None:
+def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> None:
     from mlm_dist.eval_tables import notes, print_tables, tables
 
+    manifest, _ = _open(job.data, args.allow_pipe)
     facts = {
         "data": job.data,
         "fingerprint": manifest.fingerprint,
         "documents": manifest.num_documents,
+        "frequencies": job.frequencies or job.data,
         "settings": asdict(job.settings),
         "precision": args.precision,
         "models": results,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,29 +87,47 @@ class Census:
     lost_documents: int
 
 
-def take_census(data: EvalData, group: Group) -> Census:
-    """Read the whole data set once. Collective."""
-    tokenizer = data.tokenizer
+def take_census(data: EvalData, group: Group, frequencies: EvalData | None = None) -> Census:
+    """Read the whole data set once. Collective.
+
+    Args:
+        frequencies: whose words tell how frequent a word is, if not the data set's own.
+    """
+    found = group.gather(_count(data, group))
+    others = None if frequencies is None else group.gather(_count(frequencies, group))
+    census = None
+    if found is not None:
+        words = _merged(counter for counter, _, _ in found)
+        counts = words if others is None else _merged(counter for counter, _, _ in others)
+        bins = eval_words.bins(words, counts)
+        sizes = Counter(bins.values())
+        census = Census(
+            bins,
+            [sizes[i] for i in range(len(eval_words.BINS))],
+            unigram_entropy(sum(tokens for _, tokens, _ in found), data.tokenizer.special),
+            sum(lost for _, _, lost in found),
+        )
+    whole: Census = group.broadcast(census)
+    return whole
+
+
+def _count(data: EvalData, group: Group) -> tuple[Counter[bytes], np.ndarray, int]:
+    """This rank's words, tokens by id (int64 [vocab_size]) and lost documents."""
     words: Counter[bytes] = Counter()
-    tokens, lost = np.zeros(tokenizer.vocab_size, np.int64), 0
+    tokens, lost = np.zeros(data.tokenizer.vocab_size, np.int64), 0
     for number in range(group.rank, data.num_parts, group.world_size):
         part = data.part(number)
         ids = part.rows.original_ids()
-        words.update(eval_words.count(ids, tokenizer))
+        words.update(eval_words.count(ids, data.tokenizer))
         tokens += np.bincount(ids, minlength=len(tokens))
         lost += sum(fault.documents for fault in part.faults)
-    found = group.gather((words, tokens, lost))
-    census = None
-    if found is not None:
-        for other, _, _ in found[1:]:
-            words.update(other)
-        bins = eval_words.bins(words)
-        entropy = unigram_entropy(sum(part for _, part, _ in found), tokenizer.special)
-        sizes = Counter(bins.values())
-        census = Census(
-            bins, [sizes[i] for i in range(len(eval_words.BINS))], entropy, sum(part for _, _, part in found)
-        )
-    whole: Census = group.broadcast(census)
+    return words, tokens, lost
+
+
+def _merged(counters: Iterable[Counter[bytes]]) -> Counter[bytes]:
+    whole: Counter[bytes] = Counter()
+    for counter in counters:
+        whole.update(counter)
     return whole
 
 

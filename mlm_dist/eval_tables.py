@@ -65,9 +65,9 @@ def tables(facts: dict[str, Any]) -> list[Table]:
                 for m in models
             ],
         ),
-        _by_frequency(models, "accuracy", lambda row: _number(row["accuracy"], ".2%")),
-        _by_frequency(models, "loss", lambda row: _number(row["loss"], ".4f")),
-        _by_frequency(models, "masked tokens (different words)", lambda r: f"{r['selected']:,} ({r['words']:,})"),
+        _by_frequency(facts, "accuracy", lambda row: _number(row["accuracy"], ".2%")),
+        _by_frequency(facts, "loss", lambda row: _number(row["loss"], ".4f")),
+        _by_frequency(facts, "masked tokens (different words)", lambda r: f"{r['selected']:,} ({r['words']:,})"),
     ]
     if models[0].get("pseudo"):
         p = models[0]["pseudo"]
@@ -92,10 +92,11 @@ def tables(facts: dict[str, Any]) -> list[Table]:
     return made
 
 
-def _by_frequency(models: list[dict[str, Any]], what: str, cell: Callable[[dict[str, Any]], str]) -> Table:
+def _by_frequency(facts: dict[str, Any], what: str, cell: Callable[[dict[str, Any]], str]) -> Table:
+    models = facts["models"]
     bins = [i for i, row in enumerate(models[0]["by_frequency"]) if any(m["by_frequency"][i]["words"] for m in models)]
     return Table(
-        f"{what} by rank of the word in the data set",
+        f"{what} by the word's rank of frequency in {facts['frequencies']}",
         ["model", *(models[0]["by_frequency"][i]["ranks"] for i in bins)],
         [[m["label"], *(cell(m["by_frequency"][i]) for i in bins)] for m in models],
     )

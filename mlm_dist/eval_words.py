@@ -43,12 +43,14 @@ def count(ids: np.ndarray, tokenizer: TextTokenizer) -> Counter[bytes]:
     return Counter(key for key, wanted in zip(keys(ids, bounds), ordinary, strict=True) if wanted)
 
 
-def bins(counts: Counter[bytes]) -> dict[bytes, int]:
-    """The bin (index into ``BINS``) of each word, by its rank: one more than the number of different words that are more frequent, so that equally
-    frequent words are in one bin and no order among them matters."""
-    words, numbers = list(counts), np.fromiter(counts.values(), np.int64, len(counts))
-    ranks = len(numbers) - np.searchsorted(np.sort(numbers), numbers, side="right") + 1
-    return dict(zip(words, np.searchsorted(BOUNDS, ranks).tolist(), strict=True))
+def bins(words: Iterable[bytes], counts: Counter[bytes]) -> dict[bytes, int]:
+    """The bin (index into ``BINS``) of each of ``words`` by its rank in ``counts``: one more than the number of different words that are more frequent, so
+    that equally frequent words are in one bin and no order among them matters. A word that is not counted comes after all that are."""
+    wanted = list(words)
+    numbers = np.fromiter((counts[word] for word in wanted), np.int64, len(wanted))
+    known = np.sort(np.fromiter(counts.values(), np.int64, len(counts)))
+    ranks = len(known) - np.searchsorted(known, numbers, side="right") + 1
+    return dict(zip(wanted, np.searchsorted(BOUNDS, ranks).tolist(), strict=True))
 
 
 def bins_at(ids: np.ndarray, places: np.ndarray, tokenizer: TextTokenizer, of: dict[bytes, int]) -> np.ndarray:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Of full fine-tuning, as in the GLUE experiments of BERT; a head alone wants more.
 TUNED = {"epochs": 3, "lr": 2e-5}
 FROZEN = {"epochs": 20, "lr": 1e-2}
+LENGTH = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, metavar="N", help=both.format(TUNED["epochs"], FROZEN["epochs"]))
     parser.add_argument("--lr", type=float, help=f"highest learning rate {both.format(TUNED['lr'], FROZEN['lr'])}")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="examples of a step (default: 32)")
-    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens that are read (default: 128)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens that are read (default: 128, or fewer)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -116,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
         "metric": problem.metric,
         "baseline": problem.baseline(),
         "frozen": args.frozen,
-        "max_length": args.max_length,
         **asdict(recipe),
         "models": results,
     }
@@ -136,7 +136,7 @@ def _check_numbers(args: argparse.Namespace, recipe: Recipe) -> None:
             raise UserError(f"--{flag} {value}: must be at least 1")
     if not 0 < recipe.lr < 1:
         raise UserError(f"--lr {recipe.lr}: must be above 0 and below 1; 2e-5 is usual for all weights")
-    if args.max_length < 8:
+    if args.max_length is not None and args.max_length < 8:
         raise UserError(f"--max-length {args.max_length}: too short; use at least 8 (128 is usual)")
     if args.device == "cuda":
         import torch
@@ -211,10 +211,11 @@ def measure(
     else:
         model, tokenizer = candidate.load()
         encoder = model.base_model
-    row = [tokenizer.cls_token_id, *[tokenizer.unk_token_id] * (args.max_length - 2), tokenizer.sep_token_id]
+    longest = args.max_length or min(LENGTH, getattr(encoder.config, "max_position_embeddings", LENGTH))
+    row = [tokenizer.cls_token_id, *[tokenizer.unk_token_id] * (longest - 2), tokenizer.sep_token_id]
     check_length(encoder, row, flag="--max-length", name=candidate.name)
-    train = encode(problem.train, problem.goals, encoder, tokenizer, args.max_length)
-    dev = encode(problem.dev, problem.truth, encoder, tokenizer, args.max_length)
+    train = encode(problem.train, problem.goals, encoder, tokenizer, longest)
+    dev = encode(problem.dev, problem.truth, encoder, tokenizer, longest)
     classes = None if problem.classes is None else len(problem.classes)
     if args.frozen:
         inputs = [probe_training.embed(encoder, part, recipe, device) for part in (train, dev)]
@@ -231,6 +232,7 @@ def measure(
         "model": candidate.name,
         "step": candidate.step,
         "label": candidate.label,
+        "max_length": longest,
         "mean": {name: statistics.fmean(values) for name, values in spread.items()},
         "deviation": {name: statistics.stdev(v) if len(v) > 1 else None for name, v in spread.items()},
         "seeds": scores,

@@ -57,9 +57,10 @@ def matthews(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson's; 0 where either is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
     a, b = a - a.mean(), b - b.mean()
-    spread = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / spread if spread else 0.0
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

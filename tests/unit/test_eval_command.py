@@ -201,12 +201,29 @@ def test_words_are_counted_whole(folder: Path, tmp_path: Path) -> None:
     assert [row["words"] for row in result["by_frequency"]] == [*wanted, 0, 0]
 
 
+def test_frequencies_of_another_data_set(folder: Path, both: list[dict[str, Any]], tmp_path: Path) -> None:
+    """There no number is ever seen and every other word is, so the numbers come last, behind more than 54 words."""
+    other = save_corpus(tmp_path / "corpus", [" ".join(WORDS[: i + 1]) for i in range(len(WORDS))] * 2)
+    argv = [str(folder / "one"), "--frequencies", str(other)]
+    (result,) = evaluate(folder, *argv, out=tmp_path / "out.json")
+    first, *rest = result["by_frequency"]
+    assert first["words"] == sum(row["words"] for row in both[0]["by_frequency"]) and not any(r["words"] for r in rest)
+    assert (
+        (first["selected"], first["loss"])
+        == (result["selected"], result["loss"])
+        == (
+            both[0]["selected"],
+            pytest.approx(both[0]["loss"], rel=1e-12),
+        )
+    )
+
+
 def test_equally_frequent_words_share_a_bin() -> None:
     counts = Counter({f"often{i}".encode(): 5 for i in range(99)} | {f"seldom{i}".encode(): 2 for i in range(3)})
-    assert set(eval_words.bins(counts).values()) == {0}  # ranks 1 and 100
+    assert set(eval_words.bins(counts, counts).values()) == {0}  # ranks 1 and 100
     counts[b"between"] = 3
-    found = eval_words.bins(counts)
-    assert found[b"between"] == 0 and {found[f"seldom{i}".encode()] for i in range(3)} == {1}
+    found = eval_words.bins([*counts, b"never"], counts)
+    assert found[b"between"] == 0 and {found[f"seldom{i}".encode()] for i in range(3)} == {1} == {found[b"never"]}
 
 
 def test_every_token_is_a_word_where_the_vocabulary_does_not_show_words() -> None:
