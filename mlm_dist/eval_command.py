@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +13,7 @@ from mlm_dist.data.archive import PIPE
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.packing import LongDocuments, Packing
 from mlm_dist.errors import UserError
-from mlm_dist.files import read_yaml, write_atomically
+from mlm_dist.files import read_yaml
 from mlm_dist.storage.store import Store
 
 if TYPE_CHECKING:
@@ -38,6 +36,8 @@ class Job:
         data: path or URL of the manifest.
         frequencies: of the manifest whose words say how frequent a word is; None for the same.
         documents: how many the pseudo-perplexity is taken of; 0 for none.
+        batch: most rows that a model takes at once.
+        allow_pipe: whether manifests may name commands as shards.
     """
 
     models: list[Candidate]
@@ -45,6 +45,8 @@ class Job:
     frequencies: str | None
     settings: Settings
     documents: int
+    batch: int
+    allow_pipe: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,14 +93,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _steps(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be steps with commas between them, such as 100,200"
+        ) from error
 
 
 def run(args: argparse.Namespace) -> int:
     """``mlm-dist eval``."""
     group, device = join(args.device, args.precision)
     job = agreed(group, lambda: plan(args))
-    results = evaluate(job, args, group, device)
+    results = evaluate(job, group, device)
     if group.rank == 0:
         _show(args, job, results)
     return 0
@@ -179,7 +186,7 @@ def plan(args: argparse.Namespace) -> Job:
         if args.text_field is not None:
             raise UserError(f"--text-field {args.text_field}: {data} was indexed with --field {manifest.text_field}")
         settings = replace(settings, text_field=manifest.text_field)
-    return Job(models, data, args.frequencies, settings, args.pseudo_perplexity)
+    return Job(models, data, args.frequencies, settings, args.pseudo_perplexity, args.batch, args.allow_pipe)
 
 
 def settle(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> Settings:
@@ -217,7 +224,7 @@ def _open(data: str, allow_pipe: bool) -> tuple[Manifest, Store]:
     return manifest, Store(manifest.root, allow_pipe=allow_pipe)
 
 
-def evaluate(job: Job, args: argparse.Namespace, group: Group, device: Device) -> list[dict[str, Any]]:
+def evaluate(job: Job, group: Group, device: Device) -> list[dict[str, Any]]:
     """The numbers of each model of the job, on rank 0. Collective.
 
     Raises:
@@ -228,7 +235,7 @@ def evaluate(job: Job, args: argparse.Namespace, group: Group, device: Device) -
     from mlm_dist.eval_models import Scorer
     from mlm_dist.eval_rows import EvalData
 
-    opened = [_open(name, args.allow_pipe) for name in (job.data, job.frequencies) if name is not None]
+    opened = [_open(name, job.allow_pipe) for name in (job.data, job.frequencies) if name is not None]
     results = []
     texts: list[str] = []
     censuses: dict[str, Census] = {}
@@ -236,7 +243,7 @@ def evaluate(job: Job, args: argparse.Namespace, group: Group, device: Device) -
         model, pretrained = candidate.load()
         tokenizer = tokenizers.from_pretrained(pretrained)
         scorer = Scorer(model, tokenizer, job.settings.seq_len, candidate.name).to(device.device)
-        data, *others = (EvalData(*source, tokenizer, job.settings, args.batch) for source in opened)
+        data, *others = (EvalData(*source, tokenizer, job.settings, job.batch) for source in opened)
         if tokenizer.fingerprint not in censuses:
             censuses[tokenizer.fingerprint] = eval_scores.take_census(data, group, *others)
         result = eval_scores.measure(data, censuses[tokenizer.fingerprint], scorer, group, device)
@@ -251,9 +258,9 @@ def evaluate(job: Job, args: argparse.Namespace, group: Group, device: Device) -
 
 
 def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> None:
-    from mlm_dist.eval_tables import notes, print_tables, tables
+    from mlm_dist.eval_tables import as_json, notes, print_tables, save_json, tables
 
-    manifest, _ = _open(job.data, args.allow_pipe)
+    manifest, _ = _open(job.data, job.allow_pipe)
     facts = {
         "data": job.data,
         "fingerprint": manifest.fingerprint,
@@ -263,27 +270,14 @@ def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> 
         "precision": args.precision,
         "models": results,
     }
-    content = json.dumps(_plain(facts), indent=1) + "\n"
     if str(args.json) == "-":
-        print(content, end="")
+        print(as_json(facts), end="")
         return
     if args.json is not None:
-        try:
-            write_atomically(args.json, content.encode())
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from error
+        save_json(args.json, facts)
     print_tables(tables(facts), markdown=args.markdown)
     for line in notes(facts):
         print(line)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can say: numbers that are not finite become null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

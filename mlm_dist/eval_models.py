@@ -40,7 +40,7 @@ class Candidate:
         """What tables call it."""
         if self.run is None:
             return self.name
-        return f"{self.run.resolve().name} step {self.step:,}"
+        return f"{self.run} step {self.step:,}"
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Its masked-LM weights, fp32 on the CPU in eval mode, and its tokenizer.

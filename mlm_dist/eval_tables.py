@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from mlm_dist.errors import UserError
+from mlm_dist.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,27 @@ def print_tables(tables: Sequence[Table], *, markdown: bool = False) -> None:
         for row in table.rows:
             shown.add_row(*(Text(cell) for cell in row))  # Text, since a name may look like markup
         console.print(shown)
+
+
+def as_json(facts: dict[str, Any]) -> str:
+    """The numbers for other programs. Those that JSON has no word for, NaN and the infinite, become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(facts), indent=1) + "\n"
+
+
+def save_json(path: Path, facts: dict[str, Any]) -> None:
+    """Write ``as_json`` to a file. Raises UserError if that is not possible."""
+    try:
+        write_atomically(path, as_json(facts).encode())
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error
 
 
 def tables(facts: dict[str, Any]) -> list[Table]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlm_dist.errors import UserError
-from mlm_dist.eval_tables import Table, print_tables
-from mlm_dist.files import write_atomically
+from mlm_dist.eval_tables import Table, print_tables, save_json
 from mlm_dist.probe_data import TASKS, Columns, Examples, Task, as_number, from_dataset, read
 from mlm_dist.probe_metrics import METRICS, check, score
 
@@ -108,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     problem = open_problem(args)
     models = [candidate for name in args.models for candidate in candidates(name)]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = [measure(model, problem, recipe, args, device) for model in models]
+    how = {"frozen": args.frozen, "seeds": args.seeds, "max_length": args.max_length}
+    results = [measure(model, problem, recipe, device, **how) for model in models]
     facts = {
         "train": problem.train.source,
         "dev": problem.dev.source,
@@ -121,10 +120,7 @@ def run(args: argparse.Namespace) -> int:
         "models": results,
     }
     if args.json is not None:
-        try:
-            write_atomically(args.json, (json.dumps(facts, indent=1) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from error
+        save_json(args.json, facts)
     print_tables([table(facts)], markdown=args.markdown)
     return 0
 
@@ -200,9 +196,20 @@ def _problem(train: Examples, dev: Examples, column: str, metric: str, of_task: 
 
 
 def measure(
-    candidate: Candidate, problem: Problem, recipe: Recipe, args: argparse.Namespace, device: torch.device
+    candidate: Candidate,
+    problem: Problem,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    frozen: bool,
+    seeds: int,
+    max_length: int | None,
 ) -> dict[str, Any]:
-    """What the model is worth, of each seed and over all."""
+    """What the model is worth, of each seed and over all.
+
+    Raises:
+        UserError: it cannot be loaded, or reads no texts of ``max_length`` tokens.
+    """
     from mlm_dist import probe_training
     from mlm_dist.eval_models import check_length, load_stock
 
@@ -211,17 +218,17 @@ def measure(
     else:
         model, tokenizer = candidate.load()
         encoder = model.base_model
-    longest = args.max_length or min(LENGTH, getattr(encoder.config, "max_position_embeddings", LENGTH))
+    longest = max_length or min(LENGTH, getattr(encoder.config, "max_position_embeddings", LENGTH))
     row = [tokenizer.cls_token_id, *[tokenizer.unk_token_id] * (longest - 2), tokenizer.sep_token_id]
     check_length(encoder, row, flag="--max-length", name=candidate.name)
     train = encode(problem.train, problem.goals, encoder, tokenizer, longest)
     dev = encode(problem.dev, problem.truth, encoder, tokenizer, longest)
     classes = None if problem.classes is None else len(problem.classes)
-    if args.frozen:
+    if frozen:
         inputs = [probe_training.embed(encoder, part, recipe, device) for part in (train, dev)]
     scores = []
-    for seed in range(args.seeds):
-        if args.frozen:
+    for seed in range(seeds):
+        if frozen:
             predicted = probe_training.predict_frozen(inputs[0], train.targets, inputs[1], classes, recipe, seed)
         else:
             predicted = probe_training.predict_tuned(encoder, train, dev, classes, recipe, seed, device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlm_dist import checkpoint
+from mlm_dist import checkpoint, cli
 from mlm_dist.eval_command import main
 from mlm_dist.tracking import read_metrics
 from tests.e2e.program import Program, save_config
@@ -113,6 +113,21 @@ def test_which_checkpoints(run: Path, alone: dict[str, Any], tmp_path: Path) -> 
     ):
         found = here(out, *words, "--batch", "2")["models"]
         assert [(m["step"], m["loss"]) for m in found] == [(step, losses[step]) for step in steps]
+
+
+def test_a_probe_of_a_run_is_one_of_its_export(run: Path, tmp_path: Path) -> None:
+    rows = [{"text": words, "label": i} for i, words in enumerate(("the of and", "has been when")) for _ in range(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--train", str(path), "--dev", str(path), "--text-column", "text", "--label-column", "label"]
+    assert cli.main(["export", str(run), "--output", str(tmp_path / "export")]) == 0
+    found = []
+    for model in (run, tmp_path / "export"):
+        words = ["probe", str(model), *argv, "--frozen", "--epochs", "3", "--device", "cpu"]
+        assert cli.main([*words, "--json", str(tmp_path / "out.json")]) == 0
+        found.append(json.loads((tmp_path / "out.json").read_text())["models"][0])
+    assert [model["step"] for model in found] == [9, None] and found[0]["seeds"] == found[1]["seeds"]
+    assert found[0]["max_length"] == 32  # of a model with 32 places
 
 
 def test_a_mistake_ends_every_rank(run: Path, tmp_path: Path) -> None:

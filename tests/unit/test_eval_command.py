@@ -132,6 +132,12 @@ def test_another_packing_and_seed_are_other_masks(folder: Path, both: list[dict[
     assert seeded["selected"] != both[0]["selected"] and seeded["unigram_entropy"] == both[0]["unigram_entropy"]
 
 
+def test_half_precision_is_close_and_not_the_same(folder: Path, both: list[dict[str, Any]], tmp_path: Path) -> None:
+    (half,) = evaluate(folder, str(folder / "one"), "--precision", "bf16", out=tmp_path / "out.json")
+    assert half["loss"] == pytest.approx(both[0]["loss"], rel=0.02) and half["loss"] != both[0]["loss"]
+    assert half["selected"] == both[0]["selected"]
+
+
 def test_the_same_masks_for_every_model(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, list[Any]] = {}
     score = Scorer.__call__
