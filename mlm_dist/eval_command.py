@@ -77,13 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"mask each token of N documents alone (default {DOCUMENTS}; one forward a token)",
     )
-    run = "(default: the runs')"
-    parser.add_argument("--seed", type=int, help=f"keys the masks {run}")
+    run = "(default: the runs', else {})"
+    parser.add_argument("--seed", type=int, help=f"keys the masks {run.format(1234)}")
     parser.add_argument("--rate", type=float, help="share of the tokens that is masked (default: 0.15)")
-    parser.add_argument("--seq-len", type=int, metavar="N", help=f"longest row in tokens {run}")
-    parser.add_argument("--packing", choices=get_args(Packing), help=f"which tokens are masked depends on it {run}")
-    parser.add_argument("--long-documents", choices=get_args(LongDocuments), help=f"chunk or truncate {run}")
-    parser.add_argument("--text-field", metavar="NAME", help=f"field of JSON members that is the text {run}")
+    parser.add_argument("--seq-len", type=int, metavar="N", help=f"longest row in tokens {run.format(128)}")
+    parser.add_argument(
+        "--packing", choices=get_args(Packing), help=f"which tokens are masked depends on it {run.format('split')}"
+    )
+    parser.add_argument(
+        "--long-documents", choices=get_args(LongDocuments), help=f"see data.long_documents {run.format('chunk')}"
+    )
+    parser.add_argument(
+        "--text-field", metavar="NAME", help=f"field of JSON members that is the text {run.format('text')}"
+    )
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="rows at a time on a rank (default: 64)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")

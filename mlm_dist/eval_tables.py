@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def tables(facts: dict[str, Any]) -> list[Table]:
     """Those of ``mlm-dist eval``; ``facts`` as it writes them in JSON."""
     models = facts["models"]
     s = facts["settings"]
+    counts = _by_frequency(
+        facts, "masked tokens (different words)", lambda row: f"{row['selected']:,} ({row['words']:,})"
+    )
+    if len({tuple(row[1:]) for row in counts.rows}) == 1:
+        counts = replace(counts, rows=[["all", *counts.rows[0][1:]]])
     made = [
         Table(
             f"{facts['data']}: {s['rate']:.0%} masked, seed {s['seed']}, rows of {s['seq_len']} tokens, {facts['precision']}",
@@ -94,7 +99,7 @@ def tables(facts: dict[str, Any]) -> list[Table]:
         ),
         _by_frequency(facts, "accuracy", lambda row: _number(row["accuracy"], ".2%")),
         _by_frequency(facts, "loss", lambda row: _number(row["loss"], ".4f")),
-        _by_frequency(facts, "masked tokens (different words)", lambda r: f"{r['selected']:,} ({r['words']:,})"),
+        counts,
     ]
     if models[0].get("pseudo"):
         p = models[0]["pseudo"]
@@ -122,10 +127,11 @@ def tables(facts: dict[str, Any]) -> list[Table]:
 def _by_frequency(facts: dict[str, Any], what: str, cell: Callable[[dict[str, Any]], str]) -> Table:
     models = facts["models"]
     bins = [i for i, row in enumerate(models[0]["by_frequency"]) if any(m["by_frequency"][i]["words"] for m in models)]
+    rows = [[m["label"], *(cell(m["by_frequency"][i]) for i in bins)] for m in models]
     return Table(
         f"{what} by the word's rank of frequency in {facts['frequencies']}",
         ["model", *(models[0]["by_frequency"][i]["ranks"] for i in bins)],
-        [[m["label"], *(cell(m["by_frequency"][i]) for i in bins)] for m in models],
+        rows,
     )
 
 
