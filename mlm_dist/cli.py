@@ -19,6 +19,8 @@ COMMANDS = {
     "tokenizer extend": ("mlm_dist.data.extend_tokenizer", "add the frequent words of a corpus to a vocabulary"),
     "data": ("mlm_dist.data.inspect", "hash: digest of every global batch; show: rows decoded"),
     "train": ("mlm_dist.train", "train as one rank (mlm-launch starts several)"),
+    "eval": ("mlm_dist.eval_command", "loss, accuracy and pseudo-perplexity of checkpoints and other models"),
+    "probe": ("mlm_dist.probe", "train a small classifier on a model and report its task's metric"),
     "plan": (
         "mlm_dist.plan_command",
         "memory by ZeRO template and micro-batch, the choice that fits, and traffic on a cluster",

@@ -80,9 +80,9 @@ def meeting_point(topology: Topology) -> tuple[str, int]:
     return host, int(port)
 
 
-def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
-    """Joins the job: the default process group (NCCL for CUDA tensors and gloo for CPU ones, or gloo alone) and
-    DeepSpeed's.
+def init(timeout_s: float = 1800.0, *, deterministic: bool = False, deepspeed: bool = True) -> Topology:
+    """Joins the job: the default process group (NCCL for CUDA tensors and gloo for CPU ones, or gloo alone) and, with
+    `deepspeed`, DeepSpeed's.
 
     Without a launcher it makes a group of one. `timeout_s` (seconds) bounds every collective. Call it once, before a
     model is built. `deterministic` makes CUDA give the same bits each time, at a price in speed (a CPU does so anyway);
@@ -115,7 +115,8 @@ def init(timeout_s: float = 1800.0, *, deterministic: bool = False) -> Topology:
         **_loopback_store(topology, timeout),
         device_id=topology.device if cuda else None,
     )
-    _prepare_deepspeed(timeout_s)
+    if deepspeed:
+        _prepare_deepspeed(timeout_s)
     return topology
 
 

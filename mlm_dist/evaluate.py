@@ -73,13 +73,23 @@ def validate(
     if losses is None:
         return {}
     mean = math.fsum(losses) / max(1, selected)
-    counts[tokenizer.special] = 0
-    shares = counts[counts > 0] / max(1, counts.sum())
     return {
         "loss": mean,
-        "perplexity": math.exp(min(mean, 80.0)),
+        "perplexity": perplexity(mean),
         "accuracy": right / max(1, selected),
         "selected": selected,
-        "unigram_entropy": float(-(shares * np.log(shares)).sum()),
+        "unigram_entropy": unigram_entropy(counts, tokenizer.special),
         "lost_documents": lost,
     }
+
+
+def perplexity(nats: float) -> float:
+    """Of a mean in nats a token; what would overflow is cut off at e^80."""
+    return math.exp(min(nats, 80.0))
+
+
+def unigram_entropy(counts: np.ndarray, special: np.ndarray) -> float:
+    """Entropy in nats of the distribution of all ids but the ``special`` ones, by how often each is there (int64 [vocab_size])."""
+    ordinary = np.delete(counts, special)
+    shares = ordinary[ordinary > 0] / max(1, ordinary.sum())
+    return float(-(shares * np.log(shares)).sum())
