@@ -147,6 +147,8 @@ def notes(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"note: {lost:,} of {facts['documents']:,} documents cannot be read; the numbers are of the others"
         )
+    if not any(m["selected"] for m in facts["models"]):
+        lines.append("note: the data set holds no text to predict; nothing is measured")
     if len({m["tokenizer"] for m in facts["models"]}) > 1:
         lines.append(
             "note: the models' tokenizers differ, so their masks do, and loss, perplexity and accuracy do not compare; "

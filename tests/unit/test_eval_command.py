@@ -295,6 +295,13 @@ def test_lost_documents_are_told(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"note: {shard.documents[2]} of 60 documents cannot be read" in capsys.readouterr().out
 
 
+def test_nothing_to_predict_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_corpus(tmp_path / "corpus", ["zebra quagga"] * 4)  # [UNK], which is never masked
+    (result,) = evaluate(tmp_path, str(folder / "one"), out=tmp_path / "out.json")
+    assert (result["selected"], result["loss"], result["perplexity"]) == (0, None, None)
+    assert "note: the data set holds no text to predict" in capsys.readouterr().out
+
+
 def test_a_nan_is_neither_right_nor_among_the_first() -> None:
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0, -1.0, -2.0], [math.nan] * 6])
     losses, right, top = judge(scores, torch.tensor([1, 0]))
