@@ -1,4 +1,4 @@
-"""``mlm-dist export``: a checkpoint as a stock BertForMaskedLM directory, checked after it is written."""
+"""``mlm-dist export``: a checkpoint as a stock masked-language model's directory, checked after it is written."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from mlm_dist.redact import redact
 from mlm_dist.tracking import read_metrics
 
 if TYPE_CHECKING:
-    from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from mlm_dist.checkpoint import Reader
 
@@ -79,7 +79,7 @@ def find(path: str | Path, step: int | None = None, *, best: bool = False) -> So
     return Source(path, chosen)
 
 
-def load(source: Source) -> "tuple[BertForMaskedLM, PreTrainedTokenizerFast]":
+def load(source: Source) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     """The model of a checkpoint, fp32 on the CPU in eval mode with its decoder tied, and the run's tokenizer.
 
     Raises:
@@ -95,21 +95,22 @@ def load(source: Source) -> "tuple[BertForMaskedLM, PreTrainedTokenizerFast]":
         raise UserError(f"{error}; choose another checkpoint with --step") from error
 
 
-def _model(source: Source, reader: "Reader") -> "BertForMaskedLM":
+def _model(source: Source, reader: "Reader") -> "PreTrainedModel":
     import torch
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import AutoConfig
 
+    from mlm_dist.model import families
     from mlm_dist.model.from_run import fill
 
     directory = source.run_dir / "model"
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory / 'config.json'}: missing; a checkpoint is exported from within its run directory")
-    config = BertConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     config.dtype = torch.float32
     with torch.random.fork_rng(
         devices=[]
     ):  # the weights made here are all replaced; the caller's generator is not used up
-        model = BertForMaskedLM(config)
+        model = families.new(config)
     fill(model, reader)
     return model.eval()
 
@@ -164,11 +165,11 @@ def _replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(directory: Path, source: Source, model: "BertForMaskedLM", tokenizer: "PreTrainedTokenizerFast") -> None:
+def _write(directory: Path, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
     from mlm_dist.checkpoint import Reader
+    from mlm_dist.model import families
 
-    positions = model.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, families.of(model.config).longest(model.config))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     reader = Reader(source.checkpoint)
@@ -177,7 +178,7 @@ def _write(directory: Path, source: Source, model: "BertForMaskedLM", tokenizer:
     (directory / _MARK).write_text(json.dumps(mark, indent=1) + "\n")
 
 
-def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTokenizerFast") -> None:
+def _verify(directory: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
     """Load what was written as a user would, and compare."""
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -201,26 +202,28 @@ def card(
     source: Source,
     step: int,
     trainer: Mapping[str, Any],
-    model: "BertForMaskedLM",
+    model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
 ) -> str:
     """The model card (Markdown with the hub's YAML head): what the model is, from which data and recipe, and how far
     it came.
     """
+    from mlm_dist.model import families
+
     name, config = source.run_dir.resolve().name, redact(read_yaml(source.run_dir / "config.yaml"))
     head = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
-        "tags": ["bert", "fill-mask", "mlm-dist"],
+        "tags": [model.config.model_type, "fill-mask", "mlm-dist"],
         "mask_token": tokenizer.mask_token,
     }
     c = model.config
     size = sum(p.numel() for p in model.parameters())
     facts = {
-        "Model": f"BertForMaskedLM, {c.num_hidden_layers} layers, hidden {c.hidden_size}, "
+        "Model": f"{type(model).__name__}, {c.num_hidden_layers} layers, hidden {c.hidden_size}, "
         f"{c.num_attention_heads} heads, {size:,} parameters",
         "Vocabulary": f"{len(tokenizer):,} tokens",
-        "Longest input": f"{c.max_position_embeddings} tokens",
+        "Longest input": f"{families.of(c).longest(c)} tokens",
         "Steps": f"{step:,}",
         **_training_facts(source.run_dir, step, trainer, config),
     }
@@ -234,7 +237,7 @@ def card(
 
 # {name}
 
-A BERT masked-language model trained with mlm-dist.
+A masked-language model ({families.of(c).label}) trained with mlm-dist.
 
 | | |
 |---|---|
@@ -299,7 +302,9 @@ def _cell(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``mlm-dist export``."""
-    parser.description = "Write a checkpoint as a stock BertForMaskedLM directory (safetensors, tokenizer, model card)."
+    parser.description = (
+        "Write a checkpoint as a stock masked-language model's directory (safetensors, tokenizer, model card)."
+    )
     parser.add_argument(
         "source", metavar="RUN_OR_CHECKPOINT", type=Path, help="run directory, or one of its checkpoints"
     )

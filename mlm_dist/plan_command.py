@@ -18,7 +18,7 @@ from mlm_dist.plan import TERMS, predict
 from mlm_dist.sizes import gib, parse_size
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
     from mlm_dist.config import Config
 
@@ -112,7 +112,7 @@ def run_memory(args: argparse.Namespace, config: Config, world_size: int, cluste
     return 0 if chosen else 1
 
 
-def sizes(config: Config, assumed: list[str] | None = None) -> BertConfig:
+def sizes(config: Config, assumed: list[str] | None = None) -> PreTrainedConfig:
     """The model's configuration, without weights, and of tokenizers only what is at hand.
 
     Args:
@@ -195,7 +195,7 @@ def notes(config: Config, world_size: int) -> list[str]:
     return found
 
 
-def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
+def plan(config: Config, bert: PreTrainedConfig, *, world_size: int, device: str) -> list[Option]:
     """Every way that the run's precision and optimizer allow, with every micro-batch, in the order in which they are taken.
 
     The run's own template comes first when it is none of ours.

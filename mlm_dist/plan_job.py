@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Model:
     types: int
 
     @classmethod
-    def of(cls, config: BertConfig) -> Model:
+    def of(cls, config: PreTrainedConfig) -> Model:
         """The sizes that `config` holds."""
         return cls(
             vocab=config.vocab_size,
