@@ -10,19 +10,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 import tests.varlen_cpu  # noqa: F401
+from benchmarks.memory_cases import Setting, module, peaks
+from mlm_dist import plan_command
+from mlm_dist.autobatch import trial
+from mlm_dist.config import load
 from mlm_dist.errors import UserError
 from mlm_dist.model import families
 from mlm_dist.model.attention import choose_for, segment_mask, with_windows
 from mlm_dist.model.bert import ModelConfig, build, check_fit, flops_per_token, load_config
 from mlm_dist.model.compiled import compile_layers, plain_layers
 from mlm_dist.model.head import MaskedLM
+from mlm_dist.model.new_tokens import NewTokens, add_tokens
+from mlm_dist.optim import param_groups
+from mlm_dist.plan import bare
+from mlm_dist.plan_job import Model
 from tests.families import POSITIONS, section, small
 from tests.unit.test_attention import PACKED, SINGLE, collate, make_rows
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, PAD = 211, 1
 ALL = sorted(families.FAMILIES)
 WAYS = [(n, b) for n in ALL for b in ("sdpa", "eager", "varlen") if b != "varlen" or not families.FAMILIES[n].windows]
@@ -113,7 +123,7 @@ def test_labels_on_padding_see_stock_positions(model_type: str) -> None:
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", OTHERS)
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "electra", "modernbert"])
 def test_checkpointed_and_compiled_layers_are_the_plain_ones(model_type: str) -> None:
     batch, losses = collate(make_rows(PACKED), "sdpa", filled=True), []
     for how in ("plain", "checkpointed", "compiled"):
@@ -241,6 +251,20 @@ def test_an_encoder_alone_gets_a_new_head_and_half_an_encoder_is_refused(
         build(cfg, sizes, seed=3)
 
 
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_new_tokens_score_as_the_mean_of_their_pieces(model_type: str) -> None:
+    model = small(model_type, VOCABULARY, PAD).eval()
+    ids = torch.tensor([[5, 9, 20, 31]])
+    with torch.no_grad():
+        before = model(ids).logits
+        add_tokens(model, NewTokens(VOCABULARY, ((7, 8), (9, 10, 11))))
+        after = model(ids).logits
+    torch.testing.assert_close(after[..., :VOCABULARY], before)
+    means = torch.stack([before[..., [7, 8]].mean(-1), before[..., [9, 10, 11]].mean(-1)], -1)
+    torch.testing.assert_close(after[..., VOCABULARY:], means)
+    assert model.config.vocab_size == len(model.get_output_embeddings().bias) == VOCABULARY + 2
+
+
 def test_another_padding_token_would_move_robertas_positions(tmp_path: Path) -> None:
     _, cfg = save("roberta", tmp_path)
     assert load_config(cfg, vocab_size=None, pad_token_id=None).pad_token_id == PAD
@@ -289,3 +313,38 @@ def test_windows_count_what_they_let_see(length: int) -> None:
     without = flops_per_token(sizes, attended=0, selected=0.0)
     here = flops_per_token(sizes, attended=length, selected=0.0)
     assert here - without == pytest.approx(3 * 4 * sizes.hidden_size * pairs / length)
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_the_planner_counts_the_parameters_that_are(model_type: str) -> None:
+    sizes = config(model_type)
+    built = families.new(sizes)
+    groups = {group["name"]: group["params"] for group in param_groups(built, 0.1)}
+    planned = Model.of(sizes)
+    assert planned.parameters == sum(p.numel() for p in built.parameters())
+    in_order, found = planned.decayed, [p.numel() for p in groups["decay"]]
+    assert sorted(in_order) == sorted(found) if families.FAMILIES[model_type].after_padding else in_order == found
+    assert sum(planned.others) == sum(p.numel() for p in groups["no_decay"])
+    assert planned.products == sum(p.numel() for p in families.layers(built)[0].parameters() if p.ndim == 2)
+    assert planned.largest == max(p.numel() for p in built.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "electra", "modernbert"])
+def test_a_trial_takes_what_the_planner_predicts(model_type: str, precision: str) -> None:
+    """Other settings are measured by `benchmarks.memory`."""
+    setting = Setting(model_type=model_type, precision=precision, micro_batch=8, vocab=2048, hidden_dropout=0.0)
+    job = setting.job()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert trial(lambda: module(setting), job, 0, torch.device("cpu"))
+    assert bare(job) == pytest.approx(peaks(profiler)["peak"], rel=0.1)
+
+
+def test_the_planner_knows_the_sizes_of_the_usual_checkpoints() -> None:
+    """Without a hub. The numbers are those of the model cards: 125 M, 66 M (67 with the head), 149 M."""
+    sizes = {}
+    for name in ("FacebookAI/roberta-base", "distilbert-base-uncased", "answerdotai/ModernBERT-base"):
+        flags = ["--model.init", "pretrained", "--model.name_or_path", name, "--model.config", "null"]
+        read = load(["--config", str(ROOT / "recipes/smoke.yaml"), *flags, "--data.tokenizer", name]).config
+        sizes[name] = round(Model.of(plan_command.sizes(read)).parameters / 1e6)
+    assert list(sizes.values()) == [125, 67, 150]
