@@ -14,6 +14,7 @@ from mlm_dist.choice import Option, Way
 from mlm_dist.combinations import Combination, refusal
 from mlm_dist.ds_config import for_world, load_template
 from mlm_dist.errors import UserError
+from mlm_dist.model import families
 from mlm_dist.plan import TERMS, predict
 from mlm_dist.sizes import gib, parse_size
 
@@ -110,6 +111,8 @@ def run_memory(args: argparse.Namespace, config: Config, world_size: int, cluste
     enough = choice.enough(config, world_size)
     chosen = choice.choose(options, memory - reserve, args.device, enough=enough)
     remarks = notes(config, world_size)
+    if args.device == "cuda" and bert.model_type in ("distilbert", "electra", "modernbert"):
+        remarks.append(f"what a {families.of(bert).label} takes has been measured on CPUs only")
     if args.json:
         both = {"cluster": cluster} if cluster else {}
         print(json.dumps(_as_json(options, chosen, memory, reserve) | {"notes": remarks} | both, indent=1))

@@ -137,20 +137,29 @@ FAMILIES = {
 }
 
 _SEQ2SEQ = "it is an encoder with a decoder, which learns to write the text again and not to fill masks"
-_OWN_ATTENTION = "its attention is its own and takes no mask that keeps the documents of a row apart"
+_OWN_ATTENTION = "its attention is its own, and nobody has shown that the documents of a row stay apart in it"
+_OWN = (
+    "deberta",
+    "deberta-v2",
+    "mpnet",
+    "longformer",
+    "big_bird",
+    "reformer",
+    "nystromformer",
+    "yoso",
+    "mra",
+    "funnel",
+)
 # Why not, for those that people ask for.
 _REASONS = {
     **dict.fromkeys(("t5", "mt5", "bart", "mbart", "mvp", "pegasus"), _SEQ2SEQ),
     **dict.fromkeys(("gpt2", "gpt_neox", "llama", "mistral", "qwen2"), "it predicts the next token, not masked ones"),
-    **dict.fromkeys(("deberta", "deberta-v2"), "its attention counts distances over the row, packed documents or not"),
+    **dict.fromkeys(_OWN, _OWN_ATTENTION),
     **dict.fromkeys(
-        ("xlm", "flaubert"), "its head cannot be split from the loss, and it wants the language of each token"
+        ("xlm", "flaubert"), "its head is one with its loss, so that it cannot run on a part of the tokens"
     ),
-    **dict.fromkeys(
-        ("longformer", "big_bird", "reformer", "nystromformer", "yoso", "mra", "fnet", "funnel"), _OWN_ATTENTION
-    ),
+    "fnet": "it mixes all tokens of a row, whatever document they are of",
     "albert": "its layers share their weights, which neither the planner nor activation checkpointing has",
-    "mpnet": "its relative positions are counted over the row, packed documents or not",
 }
 
 

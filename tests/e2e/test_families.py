@@ -11,6 +11,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlm_dist import checkpoint, distributed, export, fill_mask, train
 from mlm_dist.checkpoint import Reader
+from mlm_dist.config import load
+from mlm_dist.inputs import Inputs
+from mlm_dist.model.bert import build
 from tests.e2e.program import losses, save_config
 from tests.families import POSITIONS, SIZES, save_tokenizer_for
 from tests.ranks import free_port, run_ranks
@@ -106,6 +109,11 @@ def test_an_export_is_the_stock_model_to_the_bit(model_type: str, trained: tuple
     for name, value in weights(run / "checkpoints" / checkpoint.name(STEPS)).items():
         assert torch.equal(stored.pop(name), value), name
     assert not stored
+    for init, place in (("pretrained", path), ("run", run)):
+        config = ["--config", str(run.parents[1] / "run.yaml"), "--run.name", "more", "--model.config", "null"]
+        inputs = Inputs(load([*config, "--model.init", init, "--model.name_or_path", str(place)]).config, 1)
+        begun = dict(build(inputs.config.model, inputs.bert_config, seed=1).named_parameters())
+        assert all(torch.equal(begun[name], value) for name, value in model.named_parameters())
     tokenizer = AutoTokenizer.from_pretrained(path)
     text = f"the {tokenizer.mask_token} of"
     (answers,) = fill_mask.fill(*fill_mask.load(str(path)), text, top=3)

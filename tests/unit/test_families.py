@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +30,7 @@ from mlm_dist.model.new_tokens import NewTokens, add_tokens
 from mlm_dist.optim import param_groups
 from mlm_dist.plan import bare
 from mlm_dist.plan_job import Model
-from tests.families import POSITIONS, section, small
+from tests.families import POSITIONS, SIZES, section, small
 from tests.unit.test_attention import PACKED, SINGLE, collate, make_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +166,7 @@ def test_rows_as_long_as_the_positions_go_and_no_longer(model_type: str) -> None
     ("model_type", "values", "message"),
     [
         ("t5", {}, r"model\.config\.model_type is a model of type 't5'.*an encoder with a decoder"),
-        ("deberta-v2", {}, r"distances over the row"),
+        ("deberta-v2", {}, r"its attention is its own"),
         ("albert", {}, r"share their weights"),
         ("new-and-unheard-of", {}, r"must be one of bert, roberta, .*modernbert"),
         ("distilbert", {"hidden_dim": 0}, r"hidden_dim 0 is not a size"),
@@ -232,6 +233,51 @@ def test_checkpoints_load_to_the_bit(model_type: str, tmp_path: Path) -> None:
         assert torch.equal(one, other), name
 
 
+# What the config.json of well-known checkpoints hold beside sizes; layers and widths are smaller.
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "roberta": {"bos_token_id": 0, "eos_token_id": 2, "layer_norm_eps": 1e-05, "type_vocab_size": 1},
+    "xlm-roberta": {"output_past": True, "position_embedding_type": "absolute", "use_cache": True},
+    "distilbert": {"tie_weights_": True, "sinusoidal_pos_embds": False, "seq_classif_dropout": 0.2, "qa_dropout": 0.1},
+    "electra": {"summary_activation": "gelu", "summary_last_dropout": 0.1, "summary_type": "first", "hidden_size": 64},
+    "modernbert": {
+        "classifier_pooling": "mean",
+        "global_rope_theta": 160000.0,
+        "local_rope_theta": 10000.0,
+        "layer_norm_eps": 1e-05,
+        "position_embedding_type": "absolute",
+        "gradient_checkpointing": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.47.0.dev0",
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", AS_PUBLISHED)
+def test_published_checkpoints_load_with_what_else_they_hold(model_type: str, tmp_path: Path) -> None:
+    """Older ones hold a table of positions' numbers and a pooler, too."""
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "pad_token_id": PAD}
+    values = {"model_type": model_type, **sizes, **SIZES[model_type], **AS_PUBLISHED[model_type]}
+    kind = families.config_class(model_type)
+    model = families.new(kind.from_dict({key: value for key, value in values.items() if key != "model_type"}))
+    base = model.base_model_prefix
+    extra = {
+        f"{base}.embeddings.position_ids": torch.arange(POSITIONS)[None],
+        f"{base}.pooler.dense.bias": torch.ones(32),
+    }
+    tied = set(model._tied_weights_keys)
+    weights = {name: value.clone() for name, value in model.state_dict().items() if name not in tied}
+    save_file(
+        weights | (extra if model_type in ("roberta", "xlm-roberta") else {}),
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    cfg = ModelConfig(init="pretrained", name_or_path=str(tmp_path))
+    loaded = build(cfg, load_config(cfg, vocab_size=None, pad_token_id=PAD), seed=0)
+    for (name, one), (_, other) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_an_encoder_alone_gets_a_new_head_and_half_an_encoder_is_refused(
     model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -278,7 +324,7 @@ def test_other_architectures_are_refused_before_their_weights_are_looked_for(tmp
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     for model_type, reason in (
         ("bart", "encoder with a decoder"),
-        ("deberta", "distances over the row"),
+        ("deberta", "its attention is its own"),
         ("x", "nobody has shown"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
