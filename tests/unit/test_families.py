@@ -112,6 +112,22 @@ def test_neighbours_do_not_change_a_document_by_a_bit(model_type: str, back_end:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("pure", [False, True], ids=["autocast", "pure"])
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "electra", "modernbert"])
+def test_bf16_is_near_fp32(model_type: str, back_end: str, pure: bool) -> None:
+    """A mask that is right in fp32 only would make infinities here, and documents see each other."""
+    batch = collate(make_rows(PACKED), back_end)
+    exact, _ = MaskedLM(small(model_type, VOCABULARY, PAD), back_end)(**batch)
+    module = MaskedLM(small(model_type, VOCABULARY, PAD).to(torch.bfloat16 if pure else torch.float32), back_end)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not pure):
+        loss, _ = module(**batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
 @pytest.mark.parametrize("model_type", [name for name in ALL if families.FAMILIES[name].after_padding])
 def test_labels_on_padding_see_stock_positions(model_type: str) -> None:
     """`mask.labels: all_with_padding` is the loss of stock on a padded batch: there a [PAD] has a position of its own."""
