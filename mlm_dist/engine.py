@@ -242,9 +242,7 @@ class Engine:
             self._bad_gradient.logical_or_(~torch.isfinite(gradient).all())
 
         vectors = {name: p for name, p in self._parameters.items() if p.ndim == 1}
-        next((p for name, p in vectors.items() if "embeddings" in name), next(iter(vectors.values()))).register_hook(
-            look
-        )
+        vectors[min(vectors, key=lambda name: "embeddings" not in name)].register_hook(look)
 
     def _global_sum(self, losses: Sequence[Tensor]) -> Tensor:
         """Sum over all ranks, fp64 scalar. In the group in which DeepSpeed reduces, so that the order is one for all."""

@@ -97,7 +97,8 @@ def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int |
         model_type = values.pop("model_type")
         family = families.FAMILIES[model_type]
         source = f"model.name_or_path {cfg.name_or_path}"
-        _check_padding(cfg.name_or_path, family, values, pad_token_id)
+        values.setdefault("pad_token_id", families.config_class(model_type).pad_token_id)
+        _check_padding(cfg.name_or_path, family, values["pad_token_id"], pad_token_id)
     kind = families.config_class(model_type)
     _check_values(values, source, family, kind)
     if cfg.hidden_dropout is not None:
@@ -113,10 +114,9 @@ def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int |
         raise UserError(f"model: {kind.__name__} refuses the configuration of {source}: {error}") from error
 
 
-def _check_padding(name: str, family: Family, values: Mapping[str, Any], pad_token_id: int | None) -> None:
+def _check_padding(name: str, family: Family, stored: int, pad_token_id: int | None) -> None:
     """Where positions are counted from the padding token's id, another tokenizer's would move all of them."""
-    stored = values.get("pad_token_id")
-    if family.after_padding and None not in (stored, pad_token_id) and stored != pad_token_id:
+    if family.after_padding and pad_token_id not in (None, stored):
         raise UserError(
             f"data.tokenizer: its padding token is {pad_token_id}, that of {name} is {stored}, and a {family.label} counts positions from there; set "
             "data.tokenizer to the one that the checkpoint was trained with"

@@ -31,7 +31,7 @@ class Family:
         counts: others of that kind.
         positive: keys of numbers above 0 and below 1.
         activations: keys of names of activations.
-        free: keys that its own configuration class judges.
+        flags: keys of truth values, which its own configuration class judges.
         hidden_dropout: keys that `model.hidden_dropout` sets.
         attention_dropout: the key that `model.attention_dropout` sets.
         after_padding: the first position is the one after the padding token's id (fairseq's numbering).
@@ -46,7 +46,7 @@ class Family:
     counts: tuple[str, ...] = ("max_position_embeddings", "type_vocab_size")
     positive: tuple[str, ...] = ("initializer_range", "layer_norm_eps")
     activations: tuple[str, ...] = ("hidden_act",)
-    free: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     hidden_dropout: tuple[str, ...] = ("hidden_dropout_prob",)
     attention_dropout: str = "attention_probs_dropout_prob"
     after_padding: bool = False
@@ -57,7 +57,7 @@ class Family:
     def keys(self) -> tuple[str, ...]:
         """What `model.config` may hold. Dropout is not here because `model.hidden_dropout` and `model.attention_dropout`
         own it for every kind of start."""
-        return (*self.sizes, *self.counts, *self.positive, *self.activations, *self.free)
+        return (*self.sizes, *self.counts, *self.positive, *self.activations, *self.flags)
 
     def first_position(self, config: PreTrainedConfig) -> int:
         """The number of a document's first position in the table of positions."""
@@ -118,17 +118,7 @@ FAMILIES = {
         counts=("max_position_embeddings", "local_attention", "global_attn_every_n_layers"),
         positive=("initializer_range", "norm_eps"),
         activations=("hidden_activation", "classifier_activation"),
-        free=(
-            "layer_types",
-            "rope_parameters",
-            "global_rope_theta",
-            "local_rope_theta",
-            "norm_bias",
-            "attention_bias",
-            "mlp_bias",
-            "decoder_bias",
-            "classifier_bias",
-        ),
+        flags=("norm_bias", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias"),
         hidden_dropout=("embedding_dropout", "mlp_dropout"),
         attention_dropout="attention_dropout",
         windows=True,
