@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mlm_dist.model import families
 from mlm_dist.plan_job import Job, Model
 
 COLLECTIVES = (
@@ -38,7 +39,6 @@ class Setting:
     Attributes:
         zero: values that replace the template's in `zero_optimization`. DeepSpeed takes its buckets whole however small the model; smaller ones keep them from
             drowning everything else.
-        sizes: of the model, by their BertConfig names.
         selected: share of the tokens that carry a label.
         micro_batches: of a step.
         head_chunk: see `model.head_chunk`.
@@ -59,17 +59,18 @@ class Setting:
     hidden_dropout: float = 0.1
     micro_batches: int = 2
     head_chunk: int = 2048
+    model_type: str = "bert"
 
     def model(self) -> dict[str, Any]:
-        """The model's sizes by their BertConfig names."""
-        return {
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": max(1, self.hidden // 64),
-            "intermediate_size": 4 * self.hidden,
-            "max_position_embeddings": max(128, self.seq_len),
-        }
+        """`model.config`."""
+        family = families.FAMILIES[self.model_type]
+        wide = 3 * self.hidden // 2 if family.gated else 4 * self.hidden
+        sizes = (self.vocab, self.hidden, self.layers, max(1, self.hidden // 64), wide)
+        positions = max(128, self.seq_len) + (2 if family.after_padding else 0)
+        found = dict(zip(family.sizes, sizes, strict=True)) | {"max_position_embeddings": positions}
+        if "embedding_size" in family.counts:
+            found["embedding_size"] = self.hidden // 2
+        return found | {"model_type": self.model_type}
 
     def template_dict(self) -> dict[str, Any]:
         """The DeepSpeed template."""

@@ -11,7 +11,7 @@ from mlm_dist.plan import Prediction
 from mlm_dist.plan_job import Job, Model
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
     from mlm_dist.config import Config
 
@@ -78,7 +78,7 @@ def micro_batches(most: int) -> list[int]:
 
 def job(
     config: Config,
-    bert: BertConfig,
+    bert: PreTrainedConfig,
     zero: Mapping[str, Any],
     *,
     world_size: int,
@@ -95,9 +95,10 @@ def job(
         attention: what `attention.choose` made of `model.attention`.
         checkpoint: in place of `model.checkpoint_activations`.
     """
+    from mlm_dist.model import families
     from mlm_dist.model.attention import resolve_attention
 
-    dropout = bert.attention_probs_dropout_prob
+    dropout, hidden_dropout = families.of(bert).dropouts(bert)
     if attention != "varlen":
         attention = resolve_attention(attention, device_type=device, dropout=dropout)
     return Job(
@@ -110,7 +111,7 @@ def job(
         precision=config.train.precision,
         attention=attention,
         attention_dropout=dropout,
-        hidden_dropout=bert.hidden_dropout_prob,
+        hidden_dropout=hidden_dropout,
         head_chunk=config.model.head_chunk,
         checkpoint_activations=config.model.checkpoint_activations if checkpoint is None else checkpoint,
         accumulate=share(config, world_size) > micro_batch,

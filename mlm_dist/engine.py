@@ -234,13 +234,15 @@ class Engine:
     def _watch_gradient(self) -> None:
         """Notes a gradient of this rank alone that is not finite: after the reduction every rank's is not.
 
-        What goes wrong anywhere in the backward pass comes down to the first layer, where a vector's gradient is small.
+        What goes wrong anywhere in the backward pass comes down to the first layer, where a vector's gradient is small: to
+        the embeddings' norm, which is not every model's first.
         """
 
         def look(gradient: Tensor) -> None:
             self._bad_gradient.logical_or_(~torch.isfinite(gradient).all())
 
-        next(p for p in self._parameters.values() if p.ndim == 1).register_hook(look)
+        vectors = {name: p for name, p in self._parameters.items() if p.ndim == 1}
+        vectors[min(vectors, key=lambda name: "embeddings" not in name)].register_hook(look)
 
     def _global_sum(self, losses: Sequence[Tensor]) -> Tensor:
         """Sum over all ranks, fp64 scalar. In the group in which DeepSpeed reduces, so that the order is one for all."""

@@ -1,4 +1,4 @@
-"""``mlm-dist export``: a checkpoint as a stock BertForMaskedLM directory, checked after it is written."""
+"""``mlm-dist export``: a checkpoint as a stock masked-language model's directory, checked after it is written."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from mlm_dist.export_hub import Hub
 from mlm_dist.model.pretrained import quiet
 
 if TYPE_CHECKING:
-    from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from mlm_dist.checkpoint import Reader
 
@@ -77,7 +77,7 @@ def find(path: str | Path, step: int | None = None, *, best: bool = False) -> So
     return Source(path, chosen)
 
 
-def load(source: Source) -> "tuple[BertForMaskedLM, PreTrainedTokenizerFast]":
+def load(source: Source) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     """The model of a checkpoint, fp32 on the CPU in eval mode with its decoder tied, and the run's tokenizer.
 
     Raises:
@@ -93,21 +93,22 @@ def load(source: Source) -> "tuple[BertForMaskedLM, PreTrainedTokenizerFast]":
         raise UserError(f"{error}; choose another checkpoint with --step") from error
 
 
-def _model(source: Source, reader: "Reader") -> "BertForMaskedLM":
+def _model(source: Source, reader: "Reader") -> "PreTrainedModel":
     import torch
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import AutoConfig
 
+    from mlm_dist.model import families
     from mlm_dist.model.from_run import fill
 
     directory = source.run_dir / "model"
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory / 'config.json'}: missing; a checkpoint is exported from within its run directory")
-    config = BertConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     config.dtype = torch.float32
     with torch.random.fork_rng(
         devices=[]
     ):  # the weights made here are all replaced; the caller's generator is not used up
-        model = BertForMaskedLM(config)
+        model = families.new(config)
     fill(model, reader)
     return model.eval()
 
@@ -168,7 +169,7 @@ def export(
     return target
 
 
-def _round(model: "BertForMaskedLM", dtype: str) -> None:
+def _round(model: "PreTrainedModel", dtype: str) -> None:
     import torch
 
     model.to(getattr(torch, DTYPES[dtype]))
@@ -198,11 +199,11 @@ def _replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(directory: Path, source: Source, model: "BertForMaskedLM", tokenizer: "PreTrainedTokenizerFast") -> None:
+def _write(directory: Path, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
     from mlm_dist.checkpoint import Reader
+    from mlm_dist.model import families
 
-    positions = model.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, families.of(model.config).longest(model.config))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     reader = Reader(source.checkpoint)
@@ -215,7 +216,7 @@ def _write(directory: Path, source: Source, model: "BertForMaskedLM", tokenizer:
     (directory / _MARK).write_text(json.dumps(mark, indent=1) + "\n")
 
 
-def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTokenizerFast") -> None:
+def _verify(directory: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
     """Load what was written as a user would, and compare."""
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -238,7 +239,9 @@ def _verify(directory: Path, model: "BertForMaskedLM", tokenizer: "PreTrainedTok
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``mlm-dist export``."""
-    parser.description = "Write a checkpoint as a stock BertForMaskedLM directory (safetensors, tokenizer, model card)."
+    parser.description = (
+        "Write a checkpoint as a stock masked-language model's directory (safetensors, tokenizer, model card)."
+    )
     parser.add_argument(
         "source", metavar="RUN_OR_CHECKPOINT", type=Path, help="run directory, or one of its checkpoints"
     )

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_dist.errors import UserError
+from mlm_dist.model import families
 from mlm_dist.model.pretrained import quiet
 
 if TYPE_CHECKING:
-    from transformers import BertForMaskedLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def fill(
-    model: "BertForMaskedLM", tokenizer: "PreTrainedTokenizerBase", text: str, top: int = 5
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str, top: int = 5
 ) -> list[list[tuple[str, float]]]:
     """For each mask in ``text``, in order, the ``top`` likeliest tokens with their probabilities (softmax over the
     whole vocabulary), likeliest first.
@@ -30,7 +31,8 @@ def fill(
     where = (ids == tokenizer.mask_token_id).nonzero()[:, 0]
     if not len(where):
         raise UserError(f"text {text!r}: has no {tokenizer.mask_token}; put one where a word is wanted")
-    positions = model.config.max_position_embeddings
+    family = families.FAMILIES.get(model.config.model_type)  # a name of the hub may be of any
+    positions = family.longest(model.config) if family else model.config.max_position_embeddings
     if len(ids) > positions:
         raise UserError(f"text of {len(ids):,} tokens: the model reads at most {positions:,}; give a shorter one")
     was_training = model.training
@@ -48,7 +50,7 @@ def fill(
     ]
 
 
-def load(name: str) -> "tuple[BertForMaskedLM, PreTrainedTokenizerBase]":
+def load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A model and its tokenizer from a run (its newest checkpoint), a checkpoint, a directory in transformers'
     format, or a hub name.
 

@@ -97,16 +97,21 @@ def _noise(job: Job, elements: int, width: int) -> int:
 
 
 def _layer(job: Job) -> _Layer:
+    if job.model.modern:
+        return _modern_layer(job)
     m, c, w = job.model, job.compute, job.weight
-    f = w
+    # CPU's autocast leaves a norm in its input's precision, and a product gave this one's.
+    narrow = job.autocast and job.device == "cpu" and m.embedding > 0
+    f = c if narrow else w
+    casts = job.keeps_casts and not narrow
     t, h, i = job.tokens, job.model.hidden, job.model.intermediate
     dropped = job.hidden_dropout > 0
     scores, scores_backward = _scores(job)
     # Autocast casts the layer's input once for each of query, key and value, and the feed-forward's input.
-    cast = t * h * c if job.keeps_casts else 0
+    cast = t * h * c if casts else 0
     attention = 3 * cast + 3 * t * h * c + scores
     # The dense layer's noise, the sum that LayerNorm takes, its two statistics, and its output, of which autocast needs the casts only.
-    norm = (_noise(job, t * h, c) if dropped else 0) + t * h * f * (1 if job.keeps_casts else 2) + 8 * t
+    norm = (_noise(job, t * h, c) if dropped else 0) + t * h * f * (1 if casts else 2) + 8 * t
     rest = norm + cast + 2 * t * i * c + norm
     # Backward: LayerNorm's gradient (it also goes past the block), through dropout or a cast, and that of the activation's output.
     through = t * h * c if dropped or job.autocast else 0
@@ -114,6 +119,21 @@ def _layer(job: Job) -> _Layer:
     return _Layer(
         attention + norm, rest - norm, scores_backward + t * h * (f + c), t * h * f + through + t * i * c + weights
     )
+
+
+def _modern_layer(job: Job) -> _Layer:
+    """ModernBERT's: norms before the parts, rotated queries and keys beside the product that they came from, a gate."""
+    c, w = job.compute, job.weight
+    t, h, i = job.tokens, job.model.hidden, job.model.intermediate
+    scores, scores_backward = _scores(job)
+    # The norm's output for its product (autocast's cast of it), its statistics, and what is added to the residual stream.
+    norm = t * h * c + 8 * t + t * h * w
+    attention = norm + 5 * t * h * c + scores
+    # The product's two halves, the activation of one, and that times the other.
+    rest = norm + 4 * t * i * c + (_noise(job, t * i, c) if job.hidden_dropout > 0 else 0)
+    weights = 2 * i * h * (w + (c if job.autocast else 0))
+    rotation = 2 * t * h * 4  # in fp32
+    return _Layer(attention, rest, scores_backward + rotation + t * h * (w + c), t * h * w + 4 * t * i * c + weights)
 
 
 def _scores(job: Job) -> tuple[int, int]:
@@ -140,11 +160,16 @@ def _moments(job: Job, zero: Zero) -> Iterator[tuple[str, dict[str, int]]]:
     layer = _layer(job)
     # Token, position and segment ids of this step and the next (the feed is a batch ahead), the gathered token types.
     inputs = 8 * t * (3 * 2 + 1)
-    mask = t * job.seq_len * c if job.attention != "varlen" else 0
-    embedded = t * h * w * (1 if job.keeps_casts else 2) + 8 * t + (_noise(job, t * h, w) if job.hidden_dropout else 0)
+    mask = t * job.seq_len * c * (2 if m.modern else 1) if job.attention != "varlen" else 0
+    e = m.width
+    embedded = t * e * w * (1 if job.keeps_casts else 2) + 8 * t + (_noise(job, t * e, w) if job.hidden_dropout else 0)
+    if m.embedding:  # the product that makes them as wide as the layers
+        embedded += t * h * c + (t * e * c if job.keeps_casts else 0)
+    if m.modern:  # cosines and sines of the positions, of each kind of layer
+        embedded += 4 * t * (h // m.heads) * w
     base = inputs + mask + embedded
     # Autocast keeps the copies of weights that it made until the backward pass has used them.
-    copies = c * (m.layer - 9 * h - m.intermediate) if job.keeps_casts else 0
+    copies = c * m.products if job.keeps_casts else 0
     kept, again = layer.kept, 0
     if job.checkpoint_activations:
         # Only a layer's input is kept, and one layer is computed again at a time.
@@ -238,8 +263,9 @@ def _head(job: Job) -> tuple[int, int]:
     selected = int(job.selected * job.tokens)
     chunk = min(selected, job.head_chunk)
     # Gathered states (and their cast), dense layer, activation, norm (and its cast).
-    transform = chunk * m.hidden * (2 * w + 2 * c + (2 * c if job.keeps_casts else 0)) + 8 * chunk
-    decoder = c * (m.words + m.hidden * m.hidden) if job.keeps_casts else 0
+    transform = chunk * (m.hidden * w + m.width * (w + 2 * c)) + 8 * chunk
+    transform += chunk * (m.hidden + m.width) * c if job.keeps_casts else 0
+    decoder = c * (m.words + m.hidden * m.width) if job.keeps_casts else 0
     logits = chunk * m.vocab
     wide = 0 if c == 4 else 4
     forward = transform + decoder + logits * (c + wide + 4)

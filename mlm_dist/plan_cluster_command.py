@@ -16,7 +16,7 @@ from mlm_dist.plan_cluster import LINKS, Cluster, Cost, collectives, costs, intr
 from mlm_dist.plan_job import Model
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
     from mlm_dist.config import Config
 
@@ -88,7 +88,7 @@ def _speed(flag: str, text: str) -> float:
 
 
 def plan_cluster(
-    config: Config, bert: BertConfig, cluster: Cluster, *, gpu: str, mfu: float, notes: Sequence[str] = ()
+    config: Config, bert: PreTrainedConfig, cluster: Cluster, *, gpu: str, mfu: float, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything of the cluster's part, for JSON: sizes, templates with their traffic, costs, notes, beginning with those given."""
     from mlm_dist.model.bert import flops_per_token

@@ -14,19 +14,20 @@ from mlm_dist.choice import Option, Way
 from mlm_dist.combinations import Combination, refusal
 from mlm_dist.ds_config import for_world, load_template
 from mlm_dist.errors import UserError
+from mlm_dist.model import families
 from mlm_dist.plan import TERMS, predict
 from mlm_dist.sizes import gib, parse_size
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
     from mlm_dist.config import Config
 
 # Words of BERT's vocabulary, for a tokenizer that nobody trained yet where the exact number matters little.
 VOCABULARY = 30522
 OURS = {way.template for way in choice.ORDER}
-# What BertConfig's defaults are not in the checkpoints that everyone starts from, so that these need no hub.
-KNOWN_SIZES: dict[str, dict[str, int]] = {
+# `model.config` of the checkpoints that everyone starts from, so that these need no hub.
+KNOWN_SIZES: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {},
     "bert-base-cased": {"vocab_size": 28996},
     "bert-large-uncased": {
@@ -35,7 +36,16 @@ KNOWN_SIZES: dict[str, dict[str, int]] = {
         "num_attention_heads": 16,
         "intermediate_size": 4096,
     },
+    "roberta-base": {
+        "model_type": "roberta",
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+    },
+    "distilbert-base-uncased": {"model_type": "distilbert"},
+    "ModernBERT-base": {"model_type": "modernbert", "vocab_size": 50368},
 }
+_OWNERS = ("google-bert/", "FacebookAI/", "distilbert/", "answerdotai/")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +111,8 @@ def run_memory(args: argparse.Namespace, config: Config, world_size: int, cluste
     enough = choice.enough(config, world_size)
     chosen = choice.choose(options, memory - reserve, args.device, enough=enough)
     remarks = notes(config, world_size)
+    if args.device == "cuda" and bert.model_type in ("distilbert", "electra", "modernbert"):
+        remarks.append(f"what a {families.of(bert).label} takes has been measured on CPUs only")
     if args.json:
         both = {"cluster": cluster} if cluster else {}
         print(json.dumps(_as_json(options, chosen, memory, reserve) | {"notes": remarks} | both, indent=1))
@@ -112,7 +124,7 @@ def run_memory(args: argparse.Namespace, config: Config, world_size: int, cluste
     return 0 if chosen else 1
 
 
-def sizes(config: Config, assumed: list[str] | None = None) -> BertConfig:
+def sizes(config: Config, assumed: list[str] | None = None) -> PreTrainedConfig:
     """The model's configuration, without weights, and of tokenizers only what is at hand.
 
     Args:
@@ -126,29 +138,35 @@ def sizes(config: Config, assumed: list[str] | None = None) -> BertConfig:
     section = config.model
     if section.init == "run":
         try:
-            return bert.load_config(section, vocab_size=None, pad_token_id=0)
+            return bert.load_config(section, vocab_size=None, pad_token_id=None)
         except UserError as error:
             raise UserError(
                 f"{error}. The planner takes the model's sizes from that run; before it exists give them: --model.init config --model.name_or_path null "
                 "--model.config.hidden_size 768 --model.config.vocab_size 30522."
             ) from error
     if section.init == "pretrained":
-        known = KNOWN_SIZES.get((section.name_or_path or "").removeprefix("google-bert/"))
+        known = _known(section.name_or_path or "")
         if known is not None:
             rows = {"vocab_size": 30522} | known
             section = replace(section, init="config", name_or_path=None, config=rows)
-        stored = bert.load_config(section, vocab_size=None, pad_token_id=0)
+        stored = bert.load_config(section, vocab_size=None, pad_token_id=None)
         stored.vocab_size = _extended(config, stored.vocab_size)
         return stored
     words = None if "vocab_size" in (section.config or {}) else _words(config.data.tokenizer, assumed)
-    return bert.load_config(section, vocab_size=words, pad_token_id=0)
+    return bert.load_config(section, vocab_size=words, pad_token_id=None)
+
+
+def _known(name: str) -> dict[str, Any] | None:
+    """What KNOWN_SIZES has of a name on the hub."""
+    owner = next((owner for owner in _OWNERS if name.startswith(owner)), "")
+    return KNOWN_SIZES.get(name.removeprefix(owner))
 
 
 def _words(name: str, assumed: list[str] | None) -> int:
     """Words of a tokenizer (see `sizes`)."""
     from mlm_dist.data import tokenizer
 
-    known = KNOWN_SIZES.get(name.removeprefix("google-bert/"))
+    known = _known(name)
     here = Path(name).expanduser().is_dir()
     if known is not None and not here:
         return known.get("vocab_size", VOCABULARY)
@@ -195,7 +213,7 @@ def notes(config: Config, world_size: int) -> list[str]:
     return found
 
 
-def plan(config: Config, bert: BertConfig, *, world_size: int, device: str) -> list[Option]:
+def plan(config: Config, bert: PreTrainedConfig, *, world_size: int, device: str) -> list[Option]:
     """Every way that the run's precision and optimizer allow, with every micro-batch, in the order in which they are taken.
 
     The run's own template comes first when it is none of ours.

@@ -7,13 +7,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from mlm_dist.model import families
+
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a BertForMaskedLM without pooler, its decoder tied to its word embedding."""
+    """The sizes of a masked-language model without pooler, its decoder tied to its word embedding.
+
+    Attributes:
+        positions, types: rows of those embeddings; 0 where there are none.
+        embedding: size of the embeddings and of the head, where it is not the hidden size (ELECTRA's); 0 where it is.
+        modern: the layers are ModernBERT's: gated, with rotary positions and windows, and without biases (the few that it can be given are not counted).
+    """
 
     vocab: int
     hidden: int
@@ -22,53 +30,81 @@ class Model:
     intermediate: int
     positions: int
     types: int
+    embedding: int = 0
+    modern: bool = False
 
     @classmethod
-    def of(cls, config: BertConfig) -> Model:
+    def of(cls, config: PreTrainedConfig) -> Model:
         """The sizes that `config` holds."""
+        family, width = families.of(config), getattr(config, "embedding_size", config.hidden_size)
         return cls(
             vocab=config.vocab_size,
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
-            intermediate=config.intermediate_size,
-            positions=config.max_position_embeddings,
-            types=config.type_vocab_size,
+            intermediate=family.feed_forward(config),
+            positions=0 if family.gated else config.max_position_embeddings,
+            types=getattr(config, "type_vocab_size", 0),
+            embedding=width if width != config.hidden_size else 0,
+            modern=family.gated,
         )
+
+    @property
+    def width(self) -> int:
+        """Size of the embeddings and of the head."""
+        return self.embedding or self.hidden
 
     @cached_property
     def decayed(self) -> list[int]:
-        """Elements of each parameter that decays, in the module's order: ZeRO 1 and 2 cut the ranks' partitions out of these."""
-        h, i = self.hidden, self.intermediate
-        layer = [h * h] * 4 + [i * h, h * i]
-        return [self.words, self.positions * h, self.types * h] + layer * self.layers + [h * h]
+        """Elements of each parameter that decays, in the module's order (RoBERTa's tables are in another): ZeRO 1 and 2 cut partitions out of these."""
+        h, i, e = self.hidden, self.intermediate, self.width
+        layer = [3 * h * h, h * h, 2 * i * h, h * i] if self.modern else [h * h] * 4 + [i * h, h * i]
+        tables = [self.words, *(n * e for n in (self.positions, self.types) if n)]
+        return [*tables, *([e * h] if self.embedding else []), *layer * self.layers, h * e]
 
     @cached_property
     def others(self) -> list[int]:
         """Elements of each parameter that does not decay: biases and norms."""
-        h = self.hidden
-        return [h] * 2 + ([h] * 9 + [self.intermediate]) * self.layers + [h] * 3 + [self.vocab]
+        h, e = self.hidden, self.width
+        if self.modern:  # the first layer's norm is the embeddings'
+            return [h] * (2 * self.layers + 2) + [self.vocab]
+        return (
+            [e] * 2
+            + [h] * bool(self.embedding)
+            + ([h] * 9 + [self.intermediate]) * self.layers
+            + [e] * 3
+            + [self.vocab]
+        )
 
     @property
     def words(self) -> int:
-        """Elements of the word embedding, the largest parameter of any usual BERT."""
-        return self.vocab * self.hidden
+        """Elements of the word embedding, the largest parameter of any usual model."""
+        return self.vocab * self.width
+
+    @property
+    def products(self) -> int:
+        """Elements of the matrices of one layer."""
+        h, i = self.hidden, self.intermediate
+        return 4 * h * h + (3 if self.modern else 2) * h * i
 
     @property
     def layer(self) -> int:
-        """Elements of one layer: four H x H products, two H x I ones, their biases, two norms."""
-        h, i = self.hidden, self.intermediate
-        return 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
+        """Elements of one layer: its matrices, their biases, two norms."""
+        h = self.hidden
+        return self.products + (2 * h if self.modern else 9 * h + self.intermediate)
 
     @property
     def embeddings(self) -> int:
-        """Elements of the embeddings and their norm."""
-        return self.words + (self.positions + self.types + 2) * self.hidden
+        """Elements of the embeddings, their norm and the product after them; of ModernBERT, of whose norms one lies elsewhere."""
+        h, e = self.hidden, self.width
+        norms = h if self.modern else 2 * e
+        return self.words + (self.positions + self.types) * e + norms + (e * h + h if self.embedding else 0)
 
     @property
     def head(self) -> int:
         """Elements of the head that are its own: dense layer, norm, the decoder's bias."""
-        return self.hidden * self.hidden + 3 * self.hidden + self.vocab
+        e = self.width
+        return self.hidden * e + (e if self.modern else 3 * e) + self.vocab
 
     @property
     def parameters(self) -> int:

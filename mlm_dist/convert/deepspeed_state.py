@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 # Hyperparameters of a group that the user is told of.
 HYPER = ("weight_decay", "betas", "eps")
-# Of BertForMaskedLM.
+# Of BERT, RoBERTa and its kin, DistilBERT, ELECTRA and ModernBERT.
 TIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+    "lm_head.decoder.bias": "lm_head.bias",
+    "vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight",
+    "generator_lm_head.weight": "electra.embeddings.word_embeddings.weight",
+    "decoder.weight": "model.embeddings.tok_embeddings.weight",
 }
 
 
@@ -175,7 +180,7 @@ def _whole(files: Files) -> State:
 
 
 def _aliases(module: dict[str, torch.Tensor]) -> dict[str, str]:
-    """BERT's tied parameters and what they are tied to. Each is saved by itself, so those that differ in a number are not tied."""
+    """The tied parameters and what they are tied to. Each is saved by itself, so those that differ in a number are not tied."""
     import torch
 
     found = {}

@@ -20,7 +20,7 @@ from mlm_dist.optim import CLASSES, STATE_KEYS, group_meta
 from mlm_dist.start import write_config
 
 if TYPE_CHECKING:
-    from transformers import BertForMaskedLM
+    from transformers import PreTrainedModel
 
 _SHOWN = 20
 
@@ -47,7 +47,7 @@ def match_names(theirs: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, .
             "the parameters' names do not match one to one.\n"
             + _listing("this program's without a partner, or with several", unmatched)
             + _listing("the checkpoint's without a partner, or with several", extra)
-            + "The model must be BertForMaskedLM, as it is or as a part of another module."
+            + "The model must be the config's in transformers, as it is or as a part of another module."
         )
     pairs = {name: found[0] for name, found in partners.items()}
     for name, their in pairs.items():
@@ -65,13 +65,11 @@ def _listing(title: str, names: list[str]) -> str:
     return "\n".join([f"{title}:", *(f"  {name}" for name in names[:_SHOWN]), *more, ""])
 
 
-def _skeleton(inputs: Inputs) -> BertForMaskedLM:
+def _skeleton(inputs: Inputs) -> PreTrainedModel:
     """The run's model without weights."""
-    import torch
-    from transformers import BertForMaskedLM
+    from mlm_dist.model import families
 
-    with torch.device("meta"):
-        return BertForMaskedLM(inputs.bert_config)
+    return families.new(inputs.bert_config, meta=True)
 
 
 def take_over(

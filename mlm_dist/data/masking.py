@@ -92,8 +92,8 @@ class MaskConfig:
         """Raises UserError for a strategy that this tokenizer's tokens cannot follow."""
         if self.strategy in ("whole_word", "span") and tokenizer.continues is None:
             raise UserError(
-                f"mask.strategy: {self.strategy} masks whole words, but the tokens of data.tokenizer do not show where a word goes on, as WordPiece's ## does; "
-                "use token, or a WordPiece tokenizer."
+                f"mask.strategy: {self.strategy} masks whole words, but the tokens of data.tokenizer do not show where a word begins or goes on, as "
+                "WordPiece's ## and byte-level BPE's Ġ do; use token, or such a tokenizer."
             )
 
 

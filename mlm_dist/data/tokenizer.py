@@ -50,7 +50,7 @@ class TextTokenizer:
         vocab_size: ``len(tokenizer)``.
         fingerprint: SHA-256 hex over the tokenizer's definition and special ids.
         dtype: the narrowest of uint16 and uint32 that holds an id.
-        continues: bool [vocab_size], True for tokens that go on with a word (WordPiece's ``##``); None where the vocabulary has no such marks.
+        continues: bool [vocab_size], True for tokens that go on with a word (see ``_continues``); None where the vocabulary has no such marks.
         nano: nanotoken's ``WordPieceTokenizer``, or None for `tokenizers`.
     """
 
@@ -124,7 +124,7 @@ def load_pretrained(name_or_path: str, *, key: str = "data.tokenizer") -> "PreTr
     missing = [n for n in ("cls", "sep", "pad", "mask", "unk") if getattr(tokenizer, f"{n}_token_id") is None]
     if missing:
         raise UserError(
-            f"{key}: {name_or_path!r} has no {', '.join(missing)} token; a BERT tokenizer has all of cls, sep, pad, mask, unk."
+            f"{key}: {name_or_path!r} has no {', '.join(missing)} token; a masked-language model's has all of cls, sep, pad, mask, unk."
         )
     return tokenizer
 
@@ -162,17 +162,35 @@ def from_pretrained(tokenizer: "PreTrainedTokenizerFast") -> TextTokenizer:
         vocab_size=vocab_size,
         fingerprint=hashlib.sha256(f"{definition}|{special.tolist()}".encode()).hexdigest(),
         dtype=np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32),
-        continues=_continues(json.loads(definition)["model"], vocab, vocab_size),
+        continues=_continues(json.loads(definition), vocab, vocab_size),
     )
 
 
-def _continues(model: dict[str, Any], vocab: dict[str, int], vocab_size: int) -> np.ndarray | None:
-    prefix = model.get("continuing_subword_prefix")
-    if model.get("type") != "WordPiece" or not prefix:
-        return None
+def _continues(definition: dict[str, Any], vocab: dict[str, int], vocab_size: int) -> np.ndarray | None:
+    """WordPiece marks what goes on with a word (``##``); byte-level BPE (RoBERTa, ModernBERT) and SentencePiece (XLM-RoBERTa) mark what begins one, by the
+    white space before it, so that there a word is what white space separates, punctuation included (as fairseq masks whole words).
+    """
+    model = definition["model"]
     table = np.zeros(max(vocab_size, max(vocab.values()) + 1), bool)
-    table[[i for token, i in vocab.items() if token.startswith(prefix) and token != prefix]] = True
+    prefix = model.get("continuing_subword_prefix")
+    if model.get("type") == "WordPiece" and prefix:
+        table[[i for token, i in vocab.items() if token.startswith(prefix) and token != prefix]] = True
+        return table
+    begins = _white_space(definition.get("pre_tokenizer") or {})
+    if model.get("type") not in ("BPE", "Unigram") or not begins:
+        return None
+    added = {token["id"] for token in definition["added_tokens"]}  # spelled as they are: words of their own
+    table[[i for token, i in vocab.items() if not token.startswith(begins) and i not in added]] = True
     return table
+
+
+def _white_space(pre_tokenizer: dict[str, Any]) -> tuple[str, ...]:
+    """How tokens after this pre-tokenizer spell white space; empty where it does not tell."""
+    if pre_tokenizer.get("type") == "Sequence":
+        return tuple(mark for part in pre_tokenizer["pretokenizers"] for mark in _white_space(part))
+    if pre_tokenizer.get("type") == "ByteLevel":
+        return tuple("ĠĉĊċČč")  # bytes 32 and 9 to 13
+    return (pre_tokenizer["replacement"],) if pre_tokenizer.get("type") == "Metaspace" else ()
 
 
 def _nano(tokenizer: TextTokenizer) -> Any:

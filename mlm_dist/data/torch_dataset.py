@@ -88,6 +88,9 @@ class Position:
 class MaskedLanguageDataset(IterableDataset[dict[str, torch.Tensor]]):
     """The rows of a run in their global order, as stock ``BertForMaskedLM`` takes them.
 
+    DistilBERT and ELECTRA take them as they are. RoBERTa's positions begin after its padding token's id: add that and 1. ModernBERT's local layers need a
+    mask of their own, which only unpacked rows leave to it.
+
     A row is a dict of tensors of the fixed width S = ``data.seq_len``:
 
     - ``input_ids``, ``position_ids``: int64 [S]; positions restart in each document of a packed row.

@@ -118,11 +118,8 @@ def start(config: Config, world_size: int, quick: bool) -> dict[str, Any]:
     Raises:
         UserError: as training would.
     """
-    import torch
-    from transformers import BertForMaskedLM
-
     from mlm_dist.inputs import Inputs
-    from mlm_dist.model import bert, from_run
+    from mlm_dist.model import bert, families, from_run
 
     if config.data.cache_dir:
         _check_cache(config.data.cache_dir)
@@ -136,9 +133,7 @@ def start(config: Config, world_size: int, quick: bool) -> dict[str, Any]:
             assert section.name_or_path is not None
             section = replace(section, name_or_path=str(from_run.newest(section.name_or_path, lambda _message: None)))
         bert.build(section, inputs.bert_config, seed=config.run.seed, new_tokens=inputs.new_tokens)
-    with torch.device("meta"):
-        model = BertForMaskedLM(inputs.bert_config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in families.new(inputs.bert_config, meta=True).parameters())
     stream = inputs.stream(0, world_size)
     said = opening_lines(config, inputs, stream, 0, parameters=parameters)
     return {

@@ -1,4 +1,4 @@
-"""Attention in which the documents of a packed row never see each other, for stock BERT on any of its back ends."""
+"""Attention in which the documents of a packed row never see each other, for stock models on any of its back ends."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mlm_dist.errors import UserError
+from mlm_dist.model import families
 from mlm_dist.model.bert import check_attention
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
 # Under this name `varlen` stands in transformers' attention interface.
 VARLEN = "mlm_varlen"
@@ -25,6 +26,7 @@ def choose(
     dropout: float,
     head_size: int,
     pads_see: bool,
+    windows: bool = False,
 ) -> tuple[str, str | None]:
     """What `model.attention` comes to on this device, and what the user should hear of it.
 
@@ -35,6 +37,7 @@ def choose(
         dropout: of the attention weights in training.
         head_size: dimensions of an attention head.
         pads_see: the rows hold [PAD] tokens that see a document and are not seen (`mask.labels: all_with_padding`).
+        windows: some layers see a window of positions only.
 
     Returns:
         (`"varlen"`, or `name` for `resolve_attention` to look at again; a note or None).
@@ -52,6 +55,7 @@ def choose(
         (dropout > 0, f"it drops no attention weights, and model.attention_dropout is {dropout}; set it to 0.0"),
         (head_size % 8 != 0 or head_size > 256, f"heads of {head_size} dimensions: it takes multiples of 8 up to 256"),
         (pads_see, "mask.labels is all_with_padding, whose [PAD]s see tokens that do not see them"),
+        (windows, "some layers of this model see a window only, which has not been tried with it"),
     )
     reason = next((text for holds, text in reasons if holds), None)
     if check_attention(name) == "varlen" and reason is not None:
@@ -67,16 +71,27 @@ def choose(
 
 
 def choose_for(
-    name: str, bert: BertConfig, *, capability: tuple[int, int] | None, precision: str, labels: str
+    name: str, config: PreTrainedConfig, *, capability: tuple[int, int] | None, precision: str, labels: str
 ) -> tuple[str, str | None]:
-    """`choose` for a model, `train.precision` and `mask.labels`."""
+    """`choose` for a model, `train.precision` and `mask.labels`.
+
+    Raises:
+        UserError: also for labels on padding that layers with windows would leave without anything to see.
+    """
+    family, pads_see = families.of(config), labels == "all_with_padding"
+    if family.windows and pads_see:
+        raise UserError(
+            f"mask.labels: all_with_padding is not possible with a {config.model_type}: a [PAD] farther from the text than "
+            "half a window sees nothing in its local layers; use masked or all"
+        )
     return choose(
         name,
         capability=capability,
         half_precision=precision != "fp32",
-        dropout=bert.attention_probs_dropout_prob,
-        head_size=bert.hidden_size // bert.num_attention_heads,
-        pads_see=labels == "all_with_padding",
+        dropout=family.dropouts(config)[0],
+        head_size=config.hidden_size // config.num_attention_heads,
+        pads_see=pads_see,
+        windows=family.windows,
     )
 
 
@@ -151,6 +166,16 @@ def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
     visible = segment_ids.abs()[:, None, :, None] == segment_ids[:, None, None, :]
     mask = torch.zeros(visible.shape, dtype=dtype, device=segment_ids.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def with_windows(mask: Tensor, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The mask of each kind of layer of a model some of whose layers see a window only: `sliding_window` positions to each side.
+
+    Places in the row will do for positions, since the tokens of a segment lie side by side.
+    """
+    place = torch.arange(mask.shape[-1], device=mask.device)
+    outside = (place[:, None] - place).abs() > config.sliding_window
+    return {"full_attention": mask, "sliding_attention": mask.masked_fill(outside, torch.finfo(mask.dtype).min)}
 
 
 def score_dtype(weights: torch.dtype, device_type: str) -> torch.dtype:

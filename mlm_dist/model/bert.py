@@ -1,4 +1,4 @@
-"""Which BERT to train: its configuration, checked before any weight exists, and the model, new or from a checkpoint."""
+"""Which model to train: its configuration, checked before any weight exists, and the model, new or from a checkpoint."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -6,30 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlm_dist.errors import UserError
-from mlm_dist.model import from_run, pretrained
+from mlm_dist.model import families, from_run, pretrained
+from mlm_dist.model.families import Family
 from mlm_dist.model.new_tokens import NewTokens, add_tokens
 
 if TYPE_CHECKING:
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION_CHOICES = ("auto", "varlen", "sdpa", "eager")
 # Positions whose logits the head holds at a time: of 30,522 tokens in fp32 they are 250 MB.
 HEAD_CHUNK = 2048
 
-# What `model.config` may hold. Dropout is not here because `model.hidden_dropout` and `model.attention_dropout` own it
-# for every kind of start.
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
-_POSITIVE = ("initializer_range", "layer_norm_eps")
-_CONFIG_KEYS = (*_COUNTS, *_POSITIVE, "hidden_act")
-_ELSEWHERE = {"hidden_dropout_prob": "model.hidden_dropout", "attention_probs_dropout_prob": "model.attention_dropout"}
+_ROLES = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 # A vocabulary is padded to such a multiple so that the product with it fills the hardware's tiles; the rows past the
 # tokenizer's are never used.
@@ -44,11 +32,11 @@ class ModelConfig:
         init: `config` for new weights, `pretrained` for those of a checkpoint in transformers' format, `run` for those of another run.
         name_or_path: with `pretrained`, a directory in transformers' format or a name on the Hugging Face hub; with `run`, a run
             directory (its newest checkpoint counts) or a checkpoint in one.
-        config: with `config`, sizes by their BertConfig names; absent ones are BERT-base's, and `vocab_size` the
-            tokenizer's.
+        config: with `config`, sizes by their names in the configuration of the model's type in transformers, `model_type` (default
+            bert); absent ones are that configuration's, and `vocab_size` the tokenizer's.
         attention: back end; `auto` takes the fastest that is right on the device. `varlen` computes real tokens only,
             on CUDA in bf16 or fp16.
-        attention_dropout: probability that replaces the one of the checkpoint (or BertConfig's 0.1).
+        attention_dropout: probability that replaces the one of the checkpoint (or the configuration's default).
         hidden_dropout: the same for the outputs of layers and embeddings.
         checkpoint_activations: recompute each layer in the backward pass rather than keep what it computed.
         head: `torch`, or `liger` for liger-kernel's fused decoder and cross-entropy (CUDA, the extra `liger`).
@@ -76,45 +64,66 @@ def check_attention(name: str) -> str:
     return name
 
 
-def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int) -> "BertConfig":
-    """The BertConfig that `cfg` asks for. Reads configuration files only, no weights.
+def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int | None) -> "PreTrainedConfig":
+    """The model's configuration that `cfg` asks for. Reads configuration files only, no weights.
 
     Args:
         cfg: the section `model`.
-        vocab_size: the tokenizer's size, taken for new weights whose `config` names none; None leaves BertConfig's.
-        pad_token_id: the tokenizer's padding token, whose embedding gets no gradient.
+        vocab_size: the tokenizer's size, taken for new weights whose `config` names none; None leaves the default.
+        pad_token_id: the tokenizer's padding token, whose embedding gets no gradient; None leaves the model's.
 
     Raises:
-        UserError: a value of `cfg` is wrong, or the checkpoint is missing, unreachable, damaged, or not a BERT encoder.
+        UserError: a value of `cfg` is wrong, or the checkpoint is missing, unreachable, damaged, or not of one of
+            `families.FAMILIES`.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import BertConfig
 
     _check_section(cfg)
     if cfg.init == "config":
         values = dict(cfg.config or {})
-        _check_keys(values)
-        _check_values(values, "model.config")
+        model_type = values.pop("model_type", "bert")
+        family = families.family(model_type, "model.config.model_type")
+        source = "model.config"
+        alias = families.config_class(model_type).attribute_map
+        values = {alias.get(key, key): value for key, value in values.items()}
+        _check_keys(values, family)
         if vocab_size is not None:
             values.setdefault("vocab_size", vocab_size)
+        # Ids of the tokenizer that the type is known by, not of this run's.
+        values |= {key: None for key in _ROLES if getattr(families.config_class(model_type), key, None) is not None}
     else:
         assert cfg.name_or_path is not None
         values = (from_run if cfg.init == "run" else pretrained).read_config(cfg.name_or_path)
-        _check_values(values, f"model.name_or_path {cfg.name_or_path}")
-    for key, value in (
-        ("hidden_dropout_prob", cfg.hidden_dropout),
-        ("attention_probs_dropout_prob", cfg.attention_dropout),
-    ):
-        if value is not None:
-            values[key] = value
+        model_type = values.pop("model_type")
+        family = families.FAMILIES[model_type]
+        source = f"model.name_or_path {cfg.name_or_path}"
+        values.setdefault("pad_token_id", families.config_class(model_type).pad_token_id)
+        _check_padding(cfg.name_or_path, family, values["pad_token_id"], pad_token_id)
+    kind = families.config_class(model_type)
+    _check_values(values, source, family, kind)
+    if cfg.hidden_dropout is not None:
+        values |= dict.fromkeys(family.hidden_dropout, cfg.hidden_dropout)
+    if cfg.attention_dropout is not None:
+        values[family.attention_dropout] = cfg.attention_dropout
+    if pad_token_id is not None:
+        values["pad_token_id"] = pad_token_id
     try:
-        return BertConfig.from_dict({**values, "pad_token_id": pad_token_id})
-    except (StrictDataclassError, TypeError, ValueError) as error:
+        return kind.from_dict(values)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         source = cfg.name_or_path or "model.config"
-        raise UserError(f"model: BertConfig refuses the configuration of {source}: {error}") from error
+        raise UserError(f"model: {kind.__name__} refuses the configuration of {source}: {error}") from error
 
 
-def check_fit(config: "BertConfig", *, vocab_size: int, seq_len: int) -> None:
+def _check_padding(name: str, family: Family, stored: int, pad_token_id: int | None) -> None:
+    """Where positions are counted from the padding token's id, another tokenizer's would move all of them."""
+    if family.after_padding and pad_token_id not in (None, stored):
+        raise UserError(
+            f"data.tokenizer: its padding token is {pad_token_id}, that of {name} is {stored}, and a {family.label} counts positions from there; set "
+            "data.tokenizer to the one that the checkpoint was trained with"
+        )
+
+
+def check_fit(config: "PreTrainedConfig", *, vocab_size: int, seq_len: int) -> None:
     """Check that the model takes what the data will give it.
 
     Args:
@@ -133,10 +142,13 @@ def check_fit(config: "BertConfig", *, vocab_size: int, seq_len: int) -> None:
             f"new weights leave model.config.vocab_size out (padded it is {' or '.join(map(str, sorted(padded)))}), "
             "for a checkpoint set data.tokenizer to the one that it was trained with"
         )
-    if seq_len > config.max_position_embeddings:
+    family = families.of(config)
+    first, longest = family.first_position(config), family.longest(config)
+    if seq_len > longest:
+        beside = f" less the {first} positions up to the padding token's id" if first else ""
         raise UserError(
-            f"data.seq_len {seq_len} is longer than the model's position table: it must be at most "
-            f"max_position_embeddings, {config.max_position_embeddings}"
+            f"data.seq_len {seq_len} is longer than the model's position table: it must be at most {longest}, "
+            f"max_position_embeddings {config.max_position_embeddings}{beside}"
         )
 
 
@@ -197,12 +209,12 @@ def find_new_tokens(cfg: ModelConfig, stored: int, first: int, pieces: Sequence[
 
 
 def build(
-    cfg: ModelConfig, config: "BertConfig", *, seed: int, new_tokens: NewTokens | None = None
-) -> "BertForMaskedLM":
+    cfg: ModelConfig, config: "PreTrainedConfig", *, seed: int, new_tokens: NewTokens | None = None
+) -> "PreTrainedModel":
     """The model in fp32 on the CPU, in training mode.
 
     New weights depend on `config` and `seed` alone: not on the state of any global generator, which is left as found,
-    nor on the rank. A checkpoint that has no masked-LM head (a plain BertModel) gets a new one from `seed`; that and
+    nor on the rank. A checkpoint that has no masked-LM head (a plain encoder) gets a new one from `seed`; that and
     the weights left unused are logged. With `new_tokens` a checkpoint gets rows for them, which `config` counts already.
 
     Raises:
@@ -210,13 +222,12 @@ def build(
             read.
     """
     import torch
-    from transformers import BertForMaskedLM
 
     # Not torch.manual_seed: it would seed the accelerators' generators too, which are neither forked nor drawn from.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if cfg.init == "config":
-            model = BertForMaskedLM(config)
+            model = families.new(config)
         else:
             assert cfg.name_or_path is not None
             source = from_run if cfg.init == "run" else pretrained
@@ -234,7 +245,7 @@ def build(
     return model.train()
 
 
-def flops_per_token(config: "BertConfig", *, attended: float, selected: float) -> float:
+def flops_per_token(config: "PreTrainedConfig", *, attended: float, selected: float) -> float:
     """Floating-point operations that training needs for one token, forward and backward.
 
     The products of matrices alone, two operations for each multiply-add, the backward pass twice the forward one
@@ -247,10 +258,23 @@ def flops_per_token(config: "BertConfig", *, attended: float, selected: float) -
             segments.
         selected: share of the tokens that the head runs on.
     """
-    hidden, feed_forward = config.hidden_size, config.intermediate_size
-    layer = 2 * (4 * hidden**2 + 2 * hidden * feed_forward) + 4 * attended * hidden
-    head = 2 * (hidden**2 + hidden * config.vocab_size)
-    return 3.0 * float(config.num_hidden_layers * layer + selected * head)
+    family, hidden, layers = families.of(config), config.hidden_size, config.num_hidden_layers
+    embedding = getattr(config, "embedding_size", hidden)  # ELECTRA's, with a product between it and the hidden size
+    products = 4 * hidden**2 + (3 if family.gated else 2) * hidden * family.feed_forward(config)
+    seen = layers * attended
+    if family.windows:
+        local = config.layer_types.count("sliding_attention")
+        seen += local * (_within(config.sliding_window, attended) - attended)
+    into = 2 * embedding * hidden if embedding != hidden else 0
+    head = 2 * (hidden * embedding + embedding * config.vocab_size)
+    return 3.0 * float(into + layers * 2 * products + 4 * seen * hidden + selected * head)
+
+
+def _within(window: int, length: float) -> float:
+    """Mean number of positions at most `window` away that a token of a segment of `length` tokens sees, itself included."""
+    last = length - 1
+    one_side = last * length / 2 if last <= window else window * (window + 1) / 2 + (last - window) * window
+    return 1 + 2 * one_side / length if length else 0.0
 
 
 def _check_section(cfg: ModelConfig) -> None:
@@ -289,41 +313,44 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_keys(values: Mapping[str, Any]) -> None:
+def _check_keys(values: Mapping[str, Any], family: Family) -> None:
     """The names in `model.config`."""
+    elsewhere = dict.fromkeys(family.hidden_dropout, "model.hidden_dropout")
+    elsewhere[family.attention_dropout] = "model.attention_dropout"
     for key, value in values.items():
-        if key in _ELSEWHERE:
-            raise UserError(f"model.config.{key} is set by {_ELSEWHERE[key]}; move {value!r} there")
-        if key not in _CONFIG_KEYS:
+        if key in elsewhere:
+            raise UserError(f"model.config.{key} is set by {elsewhere[key]}; move {value!r} there")
+        if key not in family.keys:
             # "layers" is meant as the key that has it as a part, though by letters another may be nearer.
-            near = [known for known in _CONFIG_KEYS if str(key) in known] or difflib.get_close_matches(
-                str(key), _CONFIG_KEYS, n=1, cutoff=0.5
+            near = [known for known in family.keys if str(key) in known] or difflib.get_close_matches(
+                str(key), family.keys, n=1, cutoff=0.5
             )
-            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(_CONFIG_KEYS)}"
+            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(family.keys)}"
             raise UserError(f"model.config.{key} (value {value!r}) is unknown; {hint}")
 
 
-def _check_values(values: Mapping[str, Any], source: str) -> None:
-    """The sizes in `values`, which `source` gave; absent ones are BertConfig's and right."""
+def _check_values(values: Mapping[str, Any], source: str, family: Family, kind: "type[PreTrainedConfig]") -> None:
+    """The sizes in `values`, which `source` gave; absent ones are the defaults of `kind` and right."""
     from transformers.activations import ACT2FN
 
-    for key in _COUNTS:
+    for key in (*family.sizes, *family.counts):
         value = values.get(key, 1)
         if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             raise UserError(f"{source}: {key} {value!r} is not a size; it must be a whole number of at least 1")
-    for key in _POSITIVE:
+    for key in family.positive:
         value = values.get(key, 0.02)
         if not (_is_number(value) and 0.0 < value < 1.0):
             raise UserError(f"{source}: {key} {value!r} is wrong; it must be a number above 0 and below 1")
-    act = values.get("hidden_act", "gelu")
-    if not isinstance(act, str) or act not in ACT2FN:
-        near = difflib.get_close_matches(str(act), list(ACT2FN), n=1, cutoff=0.5)
-        hint = f", a near one is {near[0]}" if near else ""
-        raise UserError(f"{source}: hidden_act {act!r} is unknown; BERT's is gelu{hint}")
-    hidden, heads = values.get("hidden_size", 768), values.get("num_attention_heads", 12)
+    for key in family.activations:
+        act = values.get(key, "gelu")
+        if not isinstance(act, str) or act not in ACT2FN:
+            near = difflib.get_close_matches(str(act), list(ACT2FN), n=1, cutoff=0.5)
+            hint = f", a near one is {near[0]}" if near else ""
+            raise UserError(f"{source}: {key} {act!r} is unknown; {family.label}'s is gelu{hint}")
+    width, count = family.sizes[1], family.sizes[3]
+    hidden, heads = (values.get(key, getattr(kind, key)) for key in (width, count))
     if hidden % heads:
         nearest = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(n - heads))
         raise UserError(
-            f"{source}: num_attention_heads {heads} does not divide hidden_size {hidden}; the nearest number that does "
-            f"is {nearest}"
+            f"{source}: {count} {heads} does not divide {width} {hidden}; the nearest number that does is {nearest}"
         )

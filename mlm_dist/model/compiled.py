@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mlm_dist.model import families
 from mlm_dist.model.head import MaskedLM
 
 
@@ -21,7 +22,7 @@ class Control(Protocol):
 
 def layer_class(module: MaskedLM) -> type[nn.Module]:
     """The class of the encoder layers."""
-    return type(module.model.bert.encoder.layer[0])
+    return type(families.layers(module.model)[0])
 
 
 def compile_together(module: MaskedLM, micro_batch: dict[str, Any], precision: str, control: Control) -> str | None:
@@ -69,7 +70,7 @@ def compile_layers(
     Returns:
         None, or why it does not work; the layers are then as they were.
     """
-    layers = module.model.bert.encoder.layer
+    layers = families.layers(module.model)
     compiled = torch.compile(layer_class(module).forward, fullgraph=True, backend=backend)
     for layer in layers:
         layer.forward = MethodType(compiled, layer)
@@ -90,6 +91,6 @@ def compile_layers(
 
 def plain_layers(module: MaskedLM) -> None:
     """Undo `compile_layers`."""
-    for layer in module.model.bert.encoder.layer:
+    for layer in families.layers(module.model):
         vars(layer).pop("forward", None)
     module.compiled = False

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_dist.errors import UserError
-from mlm_dist.model import pretrained
+from mlm_dist.model import families, pretrained
 
 if TYPE_CHECKING:
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from mlm_dist.checkpoint import Reader
 
@@ -25,7 +25,7 @@ def directory(source: str) -> Path:
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """The BertConfig values of the run's model. Reads no weights.
+    """The configuration values of the run's model. Reads no weights.
 
     Raises:
         UserError: `source` is no run, or has no checkpoint yet.
@@ -56,19 +56,17 @@ def newest(source: str, warn: Callable[[str], None]) -> Path:
         raise UserError(f"model.name_or_path: {error}") from error
 
 
-def load(source: str, config: BertConfig) -> BertForMaskedLM:
+def load(source: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The weights of the checkpoint `source`, or of the newest whole one of the run `source`, in fp32 under `config`.
 
     Raises:
         UserError: there is none, it is damaged, or its weights are not those of `config`.
     """
-    from transformers import BertForMaskedLM
-
     from mlm_dist import checkpoint
 
     path = newest(source, logger.warning)
     try:
-        model: BertForMaskedLM = BertForMaskedLM(config)
+        model = families.new(config)
         fill(model, checkpoint.Reader(path))
     except checkpoint.CheckpointError as error:
         raise UserError(f"model.name_or_path: {error}") from error
@@ -76,7 +74,7 @@ def load(source: str, config: BertConfig) -> BertForMaskedLM:
     return model
 
 
-def fill(model: BertForMaskedLM, reader: Reader) -> None:
+def fill(model: PreTrainedModel, reader: Reader) -> None:
     """Put the checkpoint's weights into `model`, all of them.
 
     Raises:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import BertForMaskedLM
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NewTokens:
         return -(-self.vocab_size // multiple) * multiple
 
 
-def add_tokens(model: "BertForMaskedLM", new: NewTokens) -> None:
+def add_tokens(model: "PreTrainedModel", new: NewTokens) -> None:
     """Give the tied embedding and the decoder's bias of `model` rows for the new tokens. Draws nothing that stays.
 
     A new row is the fp32 mean of its pieces' rows, and its bias the mean of theirs. So its logit is, in every context, the
@@ -51,7 +51,9 @@ def add_tokens(model: "BertForMaskedLM", new: NewTokens) -> None:
     padding = [values[new.first :].clone() for values in (table, bias)]  # new tokens may take these very rows
     model.resize_token_embeddings(new.rows(len(table)), mean_resizing=False)
     decoder = model.get_output_embeddings()
-    assert decoder.weight is model.get_input_embeddings().weight and decoder.bias is model.cls.predictions.bias
+    assert decoder.weight is model.get_input_embeddings().weight
+    tied = model._tied_weights_keys.items()
+    assert all(model.get_parameter(alias) is model.get_parameter(owner) for alias, owner in tied)
     with torch.no_grad():
         for values, spare in zip((decoder.weight, decoder.bias), padding, strict=True):
             for row, pieces in enumerate(new.pieces, new.first):

