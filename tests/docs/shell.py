@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = frozenset(
     {"mlm-dist", "mlm-launch", "make", "sbatch", "srun", "pip", "python", "deepspeed", "torchrun", "export", "source"}
 )
+ASSIGNED = re.compile(r"[A-Z_]+=")
 MAINS = {"mlm-dist": "mlm_dist.cli", "mlm-launch": "launcher.cli"}
 
 
@@ -52,7 +53,7 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def _is_program(line: str) -> bool:
-    word = line.split()[0]
+    word = next((word for word in line.split() if not ASSIGNED.match(word)), "")
     return (
         word in PROGRAMS or "/bin/" in word or bool(re.fullmatch(r"[\w.-]+", word) and shutil.which(word))
     ) and not word.endswith(":")

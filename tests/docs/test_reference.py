@@ -24,7 +24,7 @@ from tests.docs.shell import PAGES
 from tests.ranks import ROOT
 
 # Names of files, which look like keys.
-FILES = ("jsonl", "json", "yaml", "py", "safetensors", "sbatch")
+FILES = ("jsonl", "json", "yaml", "py", "safetensors", "sbatch", "onnx", "csv", "tsv", "txt")
 
 
 @pytest.mark.parametrize("name", ["config.md", "cli.md"])
@@ -91,18 +91,30 @@ def tables(page: str) -> dict[str, dict[str, set[str]]]:
     return found
 
 
+def texts(value: ast.expr | None, module: ast.Module) -> set[str]:
+    """What an expression of the code may be: a text, one of two, or what a variable of the module is set to."""
+    if isinstance(value, ast.IfExp):
+        return texts(value.body, module) | texts(value.orelse, module)
+    if isinstance(value, ast.Name):
+        found = [n for n in ast.walk(module) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == value.id]
+        return {text for node in found for text in texts(node.value, module)}
+    return {value.value} if isinstance(value, ast.Constant) and isinstance(value.value, str) else set()
+
+
 def written() -> dict[str, set[str]]:
     """Kind -> the keys that stand beside it where the code makes such a line."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted((ROOT / "mlm_dist").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        module = ast.parse(path.read_text())
+        for node in ast.walk(module):
             if isinstance(node, ast.Dict):
-                keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-                for key, value in zip(node.keys, node.values, strict=True):
-                    if isinstance(key, ast.Constant) and key.value == "kind":
-                        kinds = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant)]
-                        for kind in kinds:
-                            found[str(kind)] |= {str(k) for k in keys} - {"kind"}
+                pairs = {
+                    ast.literal_eval(k): v
+                    for k, v in zip(node.keys, node.values, strict=True)
+                    if isinstance(k, ast.Constant)
+                }
+                for kind in texts(pairs.get("kind"), module):
+                    found[kind] |= set(map(str, pairs)) - {"kind"}
     return dict(found)
 
 
