@@ -32,8 +32,11 @@ INSTALLS = "the packages are installed already, and a test changes no environmen
 BRANCH = "goes on from a run of 100,000 steps; the same, shorter, in tests/e2e/test_branch.py::test_a_branch_equals_the_run_that_decays_itself_to_the_bit"
 CONVERT = "needs a training of DeepSpeed's; made and converted in tests/dist/test_convert.py::test_weights_moments_and_step_are_the_scripts"
 LAUNCH = "another launcher; run by tests/e2e/test_launch.py::test_launchers_give_the_same_run"
+HUB = "names of the hub, which is not asked here; a model of each type is trained in tests/e2e/test_families.py::test_a_resumed_run_ends_in_the_same_weights"
+SERVER = "needs an account and a network; what is sent is judged offline in "
+RANKS = "two ranks of it run in tests/dist/test_eval.py::test_the_same_to_the_bit_on_any_number_of_ranks"
 LOG = "needs a SLURM job; tests/launch/test_slurm.py::test_logs_shows_the_end_of_a_jobs_log_and_follows_it_to_the_runs_end"
-# Command, as far as its name and first arguments -> why it does not run here. The longest that fits counts.
+# Command, as far as its name and first arguments, or to its end ($) -> why it does not run here. The longest that fits counts.
 LISTED = {
     "make demo": f"{MACHINE}; its commands are those of the tutorial",
     "make test": "is what runs this",
@@ -56,6 +59,13 @@ LISTED = {
     "mlm-launch local -n 8 --config recipes/bert_base.yaml --run.name decay-100k": BRANCH,
     "mlm-dist checkpoint convert deepspeed-run": CONVERT,
     "mlm-launch local -n 2 --config run.yaml --run.name taken": CONVERT,
+    "mlm-launch local -n 1 --config recipes/adapt.yaml --run.name ": HUB,
+    "mlm-dist export runs/modernbert": "the run above it",
+    "mlm-dist plan --config recipes/adapt.yaml --model.name_or_path answerdotai": HUB,
+    "torchrun --nproc_per_node 2 -m mlm_dist.eval_command": RANKS,
+    "mlm-dist sync runs/demo$": f"{SERVER}tests/unit/test_sync.py::test_the_offline_run_holds_exactly_the_metrics",
+    "HF_TOKEN=hf_... mlm-dist export": f"{SERVER}tests/unit/test_export_outside.py::test_an_export_goes_to_the_hub_as_it_was_verified",
+    "tensorboard --logdir": "a server, which does not end",
 }
 TUTORIAL = commands(ROOT / "docs/tutorial.md")
 # What pages take to be there, in the pages' own words.
@@ -77,7 +87,7 @@ SHOWN = [(page, command) for page in PAGES for command in commands(page)]
 
 def listed(command: str) -> str | None:
     """The entry of LISTED that a command falls under."""
-    return max((start for start in LISTED if command.startswith(start)), key=len, default=None)
+    return max((start for start in LISTED if f"{command}$".startswith(start)), key=len, default=None)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +163,8 @@ def check(argv: list[str]) -> None:
         here = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         assert program == "srun" or shutil.which(program, path=here), program
         for module in [i for i, word in enumerate(rest) if word.startswith("mlm_dist.")]:
-            check_flags(rest[module].removeprefix("mlm_dist."), rest[module + 1 :])
+            command = next(name for name, (owner, _) in COMMANDS.items() if owner.startswith(rest[module]))
+            check_flags(command, rest[module + 1 :])
 
 
 def check_flags(command: str, argv: list[str]) -> None:
