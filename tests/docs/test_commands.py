@@ -59,7 +59,7 @@ LISTED = {
     "mlm-launch local -n 8 --config recipes/bert_base.yaml --run.name decay-100k": BRANCH,
     "mlm-dist checkpoint convert deepspeed-run": CONVERT,
     "mlm-launch local -n 2 --config run.yaml --run.name taken": CONVERT,
-    "mlm-launch local -n 1 --config recipes/adapt.yaml --run.name ": HUB,
+    "mlm-launch local -n 1 --config recipes/adapt.yaml --model.name_or_path ": HUB,
     "mlm-dist export runs/modernbert": "the run above it",
     "mlm-dist plan --config recipes/adapt.yaml --model.name_or_path answerdotai": HUB,
     "torchrun --nproc_per_node 2 -m mlm_dist.eval_command": RANKS,
