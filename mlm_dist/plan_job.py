@@ -43,7 +43,7 @@ class Model:
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             intermediate=family.feed_forward(config),
-            positions=0 if family.gated else config.max_position_embeddings,
+            positions=0 if family.rotary else config.max_position_embeddings,
             types=getattr(config, "type_vocab_size", 0),
             embedding=width if width != config.hidden_size else 0,
             modern=family.gated,

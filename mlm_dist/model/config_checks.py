@@ -62,6 +62,11 @@ def check_values(values: Mapping[str, Any], source: str, family: Family, kind: t
         raise UserError(
             f"{source}: {count} {heads} does not divide {width} {hidden}; the nearest number that does is {nearest}"
         )
+    if family.rotary and hidden // heads % 2:
+        raise UserError(
+            f"{source}: {width} {hidden} over {count} {heads} makes heads of size {hidden // heads}; a {family.label} rotates pairs of their numbers, so "
+            "that it must be even"
+        )
 
 
 def check_padding(name: str, family: Family, stored: int, pad_token_id: int | None) -> None:

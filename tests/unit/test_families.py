@@ -194,6 +194,11 @@ def test_rows_as_long_as_the_positions_go_and_no_longer(model_type: str) -> None
         ("modernbert", {"norm_bias": "perhaps"}, r"ModernBertConfig refuses .*norm_bias"),
         ("electra", {"embedding_size": -1}, r"embedding_size -1 is not a size"),
         ("distilbert", {"n_heads": 5}, r"n_heads 5 does not divide dim 768"),
+        (
+            "modernbert",
+            {"hidden_size": 36, "num_attention_heads": 4},
+            r"hidden_size 36 over num_attention_heads 4 makes heads of size 9; .* even",
+        ),
     ],
 )
 def test_what_no_model_can_have_is_named(model_type: str, values: dict[str, Any], message: str) -> None:
