@@ -107,10 +107,12 @@ def load_config(cfg: ModelConfig, *, vocab_size: int | None, pad_token_id: int |
     if pad_token_id is not None:
         values["pad_token_id"] = pad_token_id
     try:
-        return kind.from_dict(values)
+        config = kind.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        source = cfg.name_or_path or "model.config"
-        raise UserError(f"model: {kind.__name__} refuses the configuration of {source}: {error}") from error
+        place = cfg.name_or_path or "model.config"
+        raise UserError(f"model: {kind.__name__} refuses the configuration of {place}: {error}") from error
+    config_checks.check_rotations(config, source, family)
+    return config
 
 
 def check_fit(config: "PreTrainedConfig", *, vocab_size: int, seq_len: int) -> None:

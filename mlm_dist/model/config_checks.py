@@ -15,6 +15,10 @@ from mlm_dist.model.families import Family
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# Scalings of rotary frequencies that are set when the model is built. Of the others of transformers, `dynamic` and `longrope`
+# set them anew in each forward pass, by its highest position.
+STATIC_ROTATIONS = ("default", "linear", "yarn", "llama3", "proportional")
+
 
 def is_number(value: object) -> bool:
     """Whether `value` is an int or a float; a truth value is neither here."""
@@ -76,3 +80,16 @@ def check_padding(name: str, family: Family, stored: int, pad_token_id: int | No
             f"data.tokenizer: its padding token is {pad_token_id}, that of {name} is {stored}, and a {family.label} counts positions from there; set "
             "data.tokenizer to the one that the checkpoint was trained with"
         )
+
+
+def check_rotations(config: PreTrainedConfig, source: str, family: Family) -> None:
+    """Where a long document sets the frequencies for all, it changes the others of its micro-batch."""
+    if not family.rotary:
+        return
+    for kind, values in config.rope_parameters.items():
+        scaling = values["rope_type"]
+        if scaling not in STATIC_ROTATIONS:
+            raise UserError(
+                f"{source}: rope_parameters.{kind}.rope_type {scaling!r} cannot be trained here: with dynamic and longrope the longest document of a "
+                f"micro-batch sets the rotations of all others; it must be one of {', '.join(STATIC_ROTATIONS)}"
+            )

@@ -329,7 +329,53 @@ def test_new_tokens_score_as_the_mean_of_their_pieces(model_type: str) -> None:
     torch.testing.assert_close(after[..., :VOCABULARY], before)
     means = torch.stack([before[..., [7, 8]].mean(-1), before[..., [9, 10, 11]].mean(-1)], -1)
     torch.testing.assert_close(after[..., VOCABULARY:], means)
-    assert model.config.vocab_size == len(model.get_output_embeddings().bias) == VOCABULARY + 2
+    decoder = model.get_output_embeddings()
+    assert model.config.vocab_size == len(decoder.weight) == VOCABULARY + 2
+    assert decoder.bias is None if values else len(decoder.bias) == VOCABULARY + 2
+
+
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 12},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROTATIONS)
+def test_no_document_turns_another_further(rope_type: str, tmp_path: Path) -> None:
+    """Beside a document past the length that the frequencies were scaled from, a short one is what it is alone, or the model is refused."""
+    _, cfg = save("modernbert", tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for rotation in values["rope_parameters"].values():
+        rotation |= {"rope_type": rope_type, **ROTATIONS[rope_type]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    if rope_type in ("dynamic", "longrope"):
+        with pytest.raises(UserError, match=rf"full_attention\.rope_type '{rope_type}' cannot be trained here"):
+            load_config(cfg, vocab_size=None, pad_token_id=PAD)
+        return
+    sizes = load_config(cfg, vocab_size=None, pad_token_id=PAD)
+    module = MaskedLM(build(cfg, sizes, seed=0).eval(), "eager")
+    places = torch.cat([torch.arange(8), torch.arange(POSITIONS - 8)])[None]
+    documents = torch.tensor([[1] * 8 + [2] * (POSITIONS - 8)])
+    ids = torch.arange(POSITIONS)[None] + 5
+    with torch.no_grad():
+        beside = module.encode(ids, places, documents)[:, :8]
+        alone = module.encode(ids[:, :8], places[:, :8], documents[:, :8])
+    torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_another_padding_token_would_move_robertas_positions(tmp_path: Path) -> None:
