@@ -318,9 +318,11 @@ def test_an_encoder_alone_gets_a_new_head_and_half_an_encoder_is_refused(
         build(cfg, sizes, seed=3)
 
 
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_new_tokens_score_as_the_mean_of_their_pieces(model_type: str) -> None:
-    model = small(model_type, VOCABULARY, PAD).eval()
+@pytest.mark.parametrize(
+    ("model_type", "values"), [*((name, {}) for name in OTHERS), ("modernbert", {"decoder_bias": False})]
+)
+def test_new_tokens_score_as_the_mean_of_their_pieces(model_type: str, values: dict[str, Any]) -> None:
+    model = small(model_type, VOCABULARY, PAD, **values).eval()
     ids = torch.tensor([[5, 9, 20, 31]])
     with torch.no_grad():
         before = model(ids).logits
@@ -428,9 +430,11 @@ def test_windows_count_what_they_let_see(length: int) -> None:
     assert here - without == pytest.approx(3 * 4 * sizes.hidden_size * pairs / length)
 
 
-@pytest.mark.parametrize("model_type", ALL)
-def test_the_planner_counts_the_parameters_that_are(model_type: str) -> None:
-    sizes = config(model_type)
+@pytest.mark.parametrize(
+    ("model_type", "values"), [*((name, {}) for name in ALL), ("modernbert", {"decoder_bias": False})]
+)
+def test_the_planner_counts_the_parameters_that_are(model_type: str, values: dict[str, Any]) -> None:
+    sizes = config(model_type, **values)
     built = families.new(sizes)
     groups = {group["name"]: group["params"] for group in param_groups(built, 0.1)}
     planned = Model.of(sizes)
