@@ -124,8 +124,8 @@ def check_fit(config: "PreTrainedConfig", *, vocab_size: int, seq_len: int) -> N
         seq_len: longest row, in tokens.
 
     Raises:
-        UserError: the vocabularies differ by more than padding to a multiple of 64 or 128, or a row is longer than the
-            position table.
+        UserError: the vocabularies differ by more than padding to a multiple of 64 or 128, a row is longer than the
+            position table, or the padding token's id leaves none of it.
     """
     padded = _padded(vocab_size)
     if config.vocab_size != vocab_size and config.vocab_size not in padded:
@@ -136,6 +136,12 @@ def check_fit(config: "PreTrainedConfig", *, vocab_size: int, seq_len: int) -> N
         )
     family = families.of(config)
     first, longest = family.first_position(config), family.longest(config)
+    if longest < 1:
+        raise UserError(
+            f"pad_token_id {config.pad_token_id} leaves no position for a token: a {family.label} counts them from the padding token's id + 1, and "
+            f"max_position_embeddings is {config.max_position_embeddings}; for rows of data.seq_len {seq_len} set model.config.max_position_embeddings to "
+            f"at least {first + seq_len}, or data.tokenizer to one whose padding token has a low id"
+        )
     if seq_len > longest:
         beside = f" less the {first} positions up to the padding token's id" if first else ""
         raise UserError(

@@ -178,6 +178,18 @@ def test_rows_as_long_as_the_positions_go_and_no_longer(model_type: str) -> None
     assert module.encode(torch.full_like(place, 5), place, torch.ones_like(place)).isfinite().all()
 
 
+def test_a_padding_token_past_the_table_of_positions_is_named() -> None:
+    sizes = load_config(section("roberta"), vocab_size=VOCABULARY, pad_token_id=200)
+    with pytest.raises(
+        UserError, match=r"^pad_token_id 200 leaves no position .* a RoBERTa .* at least 217"
+    ) as refused:
+        check_fit(sizes, vocab_size=VOCABULARY, seq_len=16)
+    assert "-1" not in str(refused.value)
+    enough = config("roberta", max_position_embeddings=217)
+    enough.pad_token_id = 200
+    check_fit(enough, vocab_size=VOCABULARY, seq_len=16)
+
+
 @pytest.mark.parametrize(
     ("model_type", "values", "message"),
     [
