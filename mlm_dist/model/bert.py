@@ -253,7 +253,8 @@ def flops_per_token(config: "PreTrainedConfig", *, attended: float, selected: fl
     Args:
         config: the model's.
         attended: mean number of positions that a token sees, itself included: the length of its segment for isolated
-            segments.
+            segments. Where some layers see a window, the mean of mixed lengths gives an upper bound: a window cuts long
+            segments only. For ModernBERT-base at 15% selected it is at most 1.2% too high in rows of 512 tokens, 2% of 8,192.
         selected: share of the tokens that the head runs on.
     """
     family, hidden, layers = families.of(config), config.hidden_size, config.num_hidden_layers

@@ -442,6 +442,18 @@ def test_windows_count_what_they_let_see(length: int) -> None:
     assert here - without == pytest.approx(3 * 4 * sizes.hidden_size * pairs / length)
 
 
+@pytest.mark.parametrize(("longest", "most"), [(512, 0.012), (8192, 0.02)])
+def test_the_mean_of_mixed_lengths_is_a_near_upper_bound(longest: int, most: float) -> None:
+    """What a token sees is concave in the length of its segment, so no mixture is worse than one of the shortest and the longest."""
+    sizes = families.config_class("modernbert")()
+    short, long = (flops_per_token(sizes, attended=length, selected=0.15) for length in (1, longest))
+    over = []
+    for share in (n / 1000 for n in range(1001)):
+        exact = share * long + (1 - share) * short
+        over.append(flops_per_token(sizes, attended=share * longest + 1 - share, selected=0.15) / exact - 1)
+    assert min(over) > -1e-12 and 0.8 * most < max(over) < most
+
+
 @pytest.mark.parametrize(
     ("model_type", "values"), [*((name, {}) for name in ALL), ("modernbert", {"decoder_bias": False})]
 )
