@@ -52,7 +52,7 @@ def find(path: str | Path, step: int | None = None, *, best: bool = False) -> So
         if best:
             raise UserError(f"--best: {path} is one checkpoint already; give the run directory with --best")
         if step is not None:
-            raise UserError(f"--step {step}: {path} is one checkpoint already; give the run directory with --step")
+            raise UserError(f"step {step}: {path} is one checkpoint already; give the run directory to choose a step")
         # Resolved, so that `.` or `step_00000100` in its own directory has parents.
         return Source(path.resolve().parent.parent, path)
     found = checkpoint.committed(path)
@@ -68,12 +68,12 @@ def find(path: str | Path, step: int | None = None, *, best: bool = False) -> So
     if step is None:
         newest = checkpoint.newest(path, log.warning)
         if newest is None:
-            raise UserError(f"{path}: all its checkpoints are damaged; run mlm-dist export with another run")
+            raise UserError(f"{path}: all its checkpoints are damaged; give another run")
         return Source(path, newest)
     chosen = path / "checkpoints" / checkpoint.name(step)
     if chosen not in found:
         steps = ", ".join(str(int(p.name.removeprefix("step_"))) for p in found)
-        raise UserError(f"--step {step}: {path} has no checkpoint of that step; it has {steps}")
+        raise UserError(f"step {step}: {path} has no checkpoint of that step; it has {steps}")
     return Source(path, chosen)
 
 
@@ -90,7 +90,7 @@ def load(source: Source) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
         reader.verify()
         return _model(source, reader), _tokenizer(source.run_dir)
     except CheckpointError as error:
-        raise UserError(f"{error}; choose another checkpoint with --step") from error
+        raise UserError(f"{error}; choose another checkpoint of the run") from error
 
 
 def _model(source: Source, reader: "Reader") -> "PreTrainedModel":

@@ -20,7 +20,8 @@ class Model:
     Attributes:
         positions, types: rows of those embeddings; 0 where there are none.
         embedding: size of the embeddings and of the head, where it is not the hidden size (ELECTRA's); 0 where it is.
-        modern: the layers are ModernBERT's: gated, with rotary positions and windows, and without biases (the few that it can be given are not counted).
+        modern: the layers are ModernBERT's: gated, with rotary positions and windows, without biases (those that layers and norms may have are not counted).
+        decoder_bias: the decoder has a bias.
     """
 
     vocab: int
@@ -32,6 +33,7 @@ class Model:
     types: int
     embedding: int = 0
     modern: bool = False
+    decoder_bias: bool = True
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Model:
@@ -43,10 +45,11 @@ class Model:
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             intermediate=family.feed_forward(config),
-            positions=0 if family.gated else config.max_position_embeddings,
+            positions=0 if family.rotary else config.max_position_embeddings,
             types=getattr(config, "type_vocab_size", 0),
             embedding=width if width != config.hidden_size else 0,
             modern=family.gated,
+            decoder_bias=getattr(config, "decoder_bias", True),
         )
 
     @property
@@ -67,13 +70,13 @@ class Model:
         """Elements of each parameter that does not decay: biases and norms."""
         h, e = self.hidden, self.width
         if self.modern:  # the first layer's norm is the embeddings'
-            return [h] * (2 * self.layers + 2) + [self.vocab]
+            return [h] * (2 * self.layers + 2) + [self.vocab] * self.decoder_bias
         return (
             [e] * 2
             + [h] * bool(self.embedding)
             + ([h] * 9 + [self.intermediate]) * self.layers
             + [e] * 3
-            + [self.vocab]
+            + [self.vocab] * self.decoder_bias
         )
 
     @property
@@ -102,9 +105,9 @@ class Model:
 
     @property
     def head(self) -> int:
-        """Elements of the head that are its own: dense layer, norm, the decoder's bias."""
+        """Elements of the head that are its own: dense layer, norm, the decoder's bias where it has one."""
         e = self.width
-        return self.hidden * e + (e if self.modern else 3 * e) + self.vocab
+        return self.hidden * e + (e if self.modern else 3 * e) + self.vocab * self.decoder_bias
 
     @property
     def parameters(self) -> int:

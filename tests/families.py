@@ -32,9 +32,11 @@ def section(model_type: str, **values: Any) -> ModelConfig:
     return ModelConfig(config=config, hidden_dropout=0.0, attention_dropout=0.0, **values)
 
 
-def small(model_type: str, vocab_size: int, pad_token_id: int = 1) -> PreTrainedModel:
-    """A model of that type in training mode, whose weights, biases too, are large enough for a mistake in any of them to show."""
-    model = families.new(load_config(section(model_type), vocab_size=vocab_size, pad_token_id=pad_token_id))
+def small(model_type: str, vocab_size: int, pad_token_id: int = 1, **values: Any) -> PreTrainedModel:
+    """A model of that type, `values` in its configuration, in training mode; its weights, biases too, are large enough to show a mistake in any of them."""
+    cfg = section(model_type)
+    cfg.config = {**(cfg.config or {}), **values}
+    model = families.new(load_config(cfg, vocab_size=vocab_size, pad_token_id=pad_token_id))
     norms = {id(p) for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in (m.weight,)}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

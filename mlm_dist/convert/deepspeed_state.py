@@ -195,18 +195,24 @@ def _aliases(module: dict[str, torch.Tensor]) -> dict[str, str]:
 def _names_of_groups(
     files: Files, own: dict[str, tuple[int, ...]], groups: list[dict[str, Any]], shapes: list[list[tuple[int, ...]]]
 ) -> list[list[str]]:
-    """Names of each group's parameters: all in the model's order, or those that decay and those that do not."""
+    """Names of each group's parameters: all in the model's order, or those that decay and those that do not.
+
+    The usual rules spare biases and norms, or biases and what is called LayerNorm, which leaves out the norms of some families.
+    """
     if all("param_names" in group for group in groups):
         return [list(group["param_names"]) for group in groups]
     names = list(own)
-    bare = [n for n in names if n.endswith("bias") or "LayerNorm" in n]
-    decayed = [n for n in names if n not in bare]
-    for guess in ([names], [decayed, bare], [bare, decayed]):
+    guesses = [[names]]
+    for is_norm in (lambda n: "LayerNorm" in n, lambda n: "norm" in n.lower()):
+        bare = [n for n in names if n.endswith("bias") or is_norm(n)]
+        decayed = [n for n in names if n not in bare]
+        guesses += [decayed, bare], [bare, decayed]
+    for guess in guesses:
         if [[own[n] for n in group] for group in guess] == shapes:
             return guess
     raise UserError(
         f"{files.directory}: was saved at ZeRO stage 0, which does not say what parameters its optimizer's {len(groups)} groups hold, and they are not all in "
-        "the model's order nor those that decay and biases and LayerNorms; save it with ZeRO stage 1, 2 or 3"
+        "the model's order nor those that decay and biases and norms; save it with ZeRO stage 1, 2 or 3"
     )
 
 

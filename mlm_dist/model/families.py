@@ -37,6 +37,7 @@ class Family:
         after_padding: the first position is the one after the padding token's id (fairseq's numbering).
         windows: some layers see a window of positions only.
         gated: the feed-forward part has a gate: three products in place of two.
+        rotary: positions are rotations of queries and keys, not a table.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Family:
     after_padding: bool = False
     windows: bool = False
     gated: bool = False
+    rotary: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -123,6 +125,7 @@ FAMILIES = {
         attention_dropout="attention_dropout",
         windows=True,
         gated=True,
+        rotary=True,
     ),
 }
 

@@ -35,7 +35,7 @@ class NewTokens:
 
 
 def add_tokens(model: "PreTrainedModel", new: NewTokens) -> None:
-    """Give the tied embedding and the decoder's bias of `model` rows for the new tokens. Draws nothing that stays.
+    """Give the tied embedding of `model`, and the decoder's bias where it has one, rows for the new tokens. Draws nothing that stays.
 
     A new row is the fp32 mean of its pieces' rows, and its bias the mean of theirs. So its logit is, in every context, the
     mean of their logits: no new token begins likelier than the likeliest of its pieces. Koto et al. 2021, "IndoBERTweet",
@@ -47,15 +47,17 @@ def add_tokens(model: "PreTrainedModel", new: NewTokens) -> None:
     """
     import torch
 
-    table, bias = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().bias.detach()
-    padding = [values[new.first :].clone() for values in (table, bias)]  # new tokens may take these very rows
-    model.resize_token_embeddings(new.rows(len(table)), mean_resizing=False)
+    decoder = model.get_output_embeddings()
+    parts = ("weight", "bias") if decoder.bias is not None else ("weight",)
+    padding = {part: getattr(decoder, part)[new.first :].detach().clone() for part in parts}  # rows that may be taken
+    model.resize_token_embeddings(new.rows(len(decoder.weight)), mean_resizing=False)
     decoder = model.get_output_embeddings()
     assert decoder.weight is model.get_input_embeddings().weight
     tied = model._tied_weights_keys.items()
     assert all(model.get_parameter(alias) is model.get_parameter(owner) for alias, owner in tied)
     with torch.no_grad():
-        for values, spare in zip((decoder.weight, decoder.bias), padding, strict=True):
+        for part, spare in padding.items():
+            values = getattr(decoder, part)
             for row, pieces in enumerate(new.pieces, new.first):
                 values[row] = values[list(pieces)].mean(0)
             rest = torch.arange(new.vocab_size, len(values)) - new.first

@@ -178,6 +178,18 @@ def test_rows_as_long_as_the_positions_go_and_no_longer(model_type: str) -> None
     assert module.encode(torch.full_like(place, 5), place, torch.ones_like(place)).isfinite().all()
 
 
+def test_a_padding_token_past_the_table_of_positions_is_named() -> None:
+    sizes = load_config(section("roberta"), vocab_size=VOCABULARY, pad_token_id=200)
+    with pytest.raises(
+        UserError, match=r"^pad_token_id 200 leaves no position .* a RoBERTa .* at least 217"
+    ) as refused:
+        check_fit(sizes, vocab_size=VOCABULARY, seq_len=16)
+    assert "-1" not in str(refused.value)
+    enough = config("roberta", max_position_embeddings=217)
+    enough.pad_token_id = 200
+    check_fit(enough, vocab_size=VOCABULARY, seq_len=16)
+
+
 @pytest.mark.parametrize(
     ("model_type", "values", "message"),
     [
@@ -194,6 +206,11 @@ def test_rows_as_long_as_the_positions_go_and_no_longer(model_type: str) -> None
         ("modernbert", {"norm_bias": "perhaps"}, r"ModernBertConfig refuses .*norm_bias"),
         ("electra", {"embedding_size": -1}, r"embedding_size -1 is not a size"),
         ("distilbert", {"n_heads": 5}, r"n_heads 5 does not divide dim 768"),
+        (
+            "modernbert",
+            {"hidden_size": 36, "num_attention_heads": 4},
+            r"hidden_size 36 over num_attention_heads 4 makes heads of size 9; .* even",
+        ),
     ],
 )
 def test_what_no_model_can_have_is_named(model_type: str, values: dict[str, Any], message: str) -> None:
@@ -313,9 +330,11 @@ def test_an_encoder_alone_gets_a_new_head_and_half_an_encoder_is_refused(
         build(cfg, sizes, seed=3)
 
 
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_new_tokens_score_as_the_mean_of_their_pieces(model_type: str) -> None:
-    model = small(model_type, VOCABULARY, PAD).eval()
+@pytest.mark.parametrize(
+    ("model_type", "values"), [*((name, {}) for name in OTHERS), ("modernbert", {"decoder_bias": False})]
+)
+def test_new_tokens_score_as_the_mean_of_their_pieces(model_type: str, values: dict[str, Any]) -> None:
+    model = small(model_type, VOCABULARY, PAD, **values).eval()
     ids = torch.tensor([[5, 9, 20, 31]])
     with torch.no_grad():
         before = model(ids).logits
@@ -324,7 +343,53 @@ def test_new_tokens_score_as_the_mean_of_their_pieces(model_type: str) -> None:
     torch.testing.assert_close(after[..., :VOCABULARY], before)
     means = torch.stack([before[..., [7, 8]].mean(-1), before[..., [9, 10, 11]].mean(-1)], -1)
     torch.testing.assert_close(after[..., VOCABULARY:], means)
-    assert model.config.vocab_size == len(model.get_output_embeddings().bias) == VOCABULARY + 2
+    decoder = model.get_output_embeddings()
+    assert model.config.vocab_size == len(decoder.weight) == VOCABULARY + 2
+    assert decoder.bias is None if values else len(decoder.bias) == VOCABULARY + 2
+
+
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 12},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROTATIONS)
+def test_no_document_turns_another_further(rope_type: str, tmp_path: Path) -> None:
+    """Beside a document past the length that the frequencies were scaled from, a short one is what it is alone, or the model is refused."""
+    _, cfg = save("modernbert", tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for rotation in values["rope_parameters"].values():
+        rotation |= {"rope_type": rope_type, **ROTATIONS[rope_type]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    if rope_type in ("dynamic", "longrope"):
+        with pytest.raises(UserError, match=rf"full_attention\.rope_type '{rope_type}' cannot be trained here"):
+            load_config(cfg, vocab_size=None, pad_token_id=PAD)
+        return
+    sizes = load_config(cfg, vocab_size=None, pad_token_id=PAD)
+    module = MaskedLM(build(cfg, sizes, seed=0).eval(), "eager")
+    places = torch.cat([torch.arange(8), torch.arange(POSITIONS - 8)])[None]
+    documents = torch.tensor([[1] * 8 + [2] * (POSITIONS - 8)])
+    ids = torch.arange(POSITIONS)[None] + 5
+    with torch.no_grad():
+        beside = module.encode(ids, places, documents)[:, :8]
+        alone = module.encode(ids[:, :8], places[:, :8], documents[:, :8])
+    torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_another_padding_token_would_move_robertas_positions(tmp_path: Path) -> None:
@@ -377,9 +442,23 @@ def test_windows_count_what_they_let_see(length: int) -> None:
     assert here - without == pytest.approx(3 * 4 * sizes.hidden_size * pairs / length)
 
 
-@pytest.mark.parametrize("model_type", ALL)
-def test_the_planner_counts_the_parameters_that_are(model_type: str) -> None:
-    sizes = config(model_type)
+@pytest.mark.parametrize(("longest", "most"), [(512, 0.012), (8192, 0.02)])
+def test_the_mean_of_mixed_lengths_is_a_near_upper_bound(longest: int, most: float) -> None:
+    """What a token sees is concave in the length of its segment, so no mixture is worse than one of the shortest and the longest."""
+    sizes = families.config_class("modernbert")()
+    short, long = (flops_per_token(sizes, attended=length, selected=0.15) for length in (1, longest))
+    over = []
+    for share in (n / 1000 for n in range(1001)):
+        exact = share * long + (1 - share) * short
+        over.append(flops_per_token(sizes, attended=share * longest + 1 - share, selected=0.15) / exact - 1)
+    assert min(over) > -1e-12 and 0.8 * most < max(over) < most
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"), [*((name, {}) for name in ALL), ("modernbert", {"decoder_bias": False})]
+)
+def test_the_planner_counts_the_parameters_that_are(model_type: str, values: dict[str, Any]) -> None:
+    sizes = config(model_type, **values)
     built = families.new(sizes)
     groups = {group["name"]: group["params"] for group in param_groups(built, 0.1)}
     planned = Model.of(sizes)
