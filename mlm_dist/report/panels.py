@@ -139,7 +139,7 @@ def draw_speed(run: Run, path: Path) -> bool:
         speed = figure.add_subplot(grid[0, :])
         _draw_throughput(speed, run, stalls(found))
         parts = figure.add_subplot(grid[1, :], sharex=speed)
-        _draw_parts(parts, counted)
+        _draw_parts(parts, counted or found)
         if not more:
             parts.set_xlabel("step")
         for i, key in enumerate(more):

@@ -318,3 +318,12 @@ def test_several_runs_side_by_side(troubled: Path, tmp_path: Path) -> None:
     twin = write_run(tmp_path / "twin" / "calm", logged)
     header = Page(compare([calm, twin], tmp_path / "out")[-1]).rows[0]
     assert header == ["", str(calm), str(twin)]
+
+
+def test_a_run_that_began_anew_and_has_logged_nothing_since_is_drawn(tmp_path: Path) -> None:
+    """All its steps are to be taken again."""
+    told = [event("attempt", 1, 0, step=0), event("attempt", 2, 100, step=0)]
+    lines = "".join(json.dumps(e) + "\n" for e in told)
+    run_dir = write_run(tmp_path / "run", records(0, 30, T + 1, 1), events__jsonl=lines)
+    assert all(s.repeated == s.steps for s in spans(load(run_dir)))
+    assert "report_speed.png" in [path.name for path in report(run_dir)]
