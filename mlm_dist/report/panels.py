@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_dist.report.run import Run, Span, Stall, number, series, spans, stalls
+from mlm_dist.report.run import Run, Span, Stall, number, placed, series, spans, stalls
 from mlm_dist.report.style import (
     COLOURS,
     MUTED,
@@ -66,7 +66,7 @@ def draw_training(run: Run, path: Path) -> bool:
 def _late(run: Run) -> dict[str, tuple[list[float], list[float]]]:
     """Loss by useful tokens after the first tenth of them, where the drop from the random start no longer hides the rest."""
     tokens = {r["step"]: t for r in run.train if (t := number(r.get("tokens"))) is not None}
-    val = [{**r, "tokens": tokens.get(r["step"])} for r in run.val]
+    val = placed(run.val, "tokens", tokens)
     curves = {"training": series(run.train, "loss", "tokens"), "validation": series(val, "loss", "tokens")}
     last = max((xs[-1] for xs, _ in curves.values() if xs), default=0.0)
     out = {}

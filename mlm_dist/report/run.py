@@ -1,7 +1,7 @@
 """What a run directory tells of its run. Files may be torn, damaged or from another version: what cannot be read is left out and counted."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -93,6 +93,19 @@ def series(records: Iterable[Record], key: str, by: str = "step") -> tuple[list[
     """Values of ``by`` and of one metric, without the records that lack either."""
     kept = [(x, y) for r in records if (x := number(r.get(by))) is not None and (y := number(r.get(key))) is not None]
     return [x for x, _ in kept], [y for _, y in kept]
+
+
+def placed(records: Sequence[Record], key: str, known: Mapping[int, float]) -> list[Record]:
+    """The records with ``key``, that of their step: a quantity that grows from 0 before the first step, ``known`` at some and between them
+    interpolated; None where it is known at none.
+    """
+    import numpy as np
+
+    if not known:
+        return [{**r, key: None} for r in records]
+    steps = sorted({0, *known})
+    found = np.interp([r["step"] for r in records], steps, [known.get(step, 0.0) for step in steps])
+    return [{**r, key: float(value)} for r, value in zip(records, found, strict=True)]
 
 
 def load(run_dir: Path) -> Run:

@@ -10,6 +10,8 @@ import pytest
 
 from mlm_dist.report import facts
 from mlm_dist.report.command import compare, report
+from mlm_dist.report.compare import timed
+from mlm_dist.report.panels import _late
 from mlm_dist.report.run import account, load, spans, stalls
 from mlm_dist.report.timeline import marks
 from mlm_dist.report.words import KINDS, duration
@@ -327,3 +329,17 @@ def test_a_run_that_began_anew_and_has_logged_nothing_since_is_drawn(tmp_path: P
     run_dir = write_run(tmp_path / "run", records(0, 30, T + 1, 1), events__jsonl=lines)
     assert all(s.repeated == s.steps for s in spans(load(run_dir)))
     assert "report_speed.png" in [path.name for path in report(run_dir)]
+
+
+def test_a_validation_between_logged_steps_has_its_place_by_tokens_and_time(tmp_path: Path) -> None:
+    """Logged at 10 to 40, of 2 s and 1000 tokens a step; validated at 5, 25 and 45."""
+    vals = [{"kind": "val", "step": s, "attempt": 1, "time": T + 2 * s, "loss": 4.0} for s in (5, 25, 45)]
+    start = json.dumps(event("attempt", 1, 0, step=0)) + "\n"
+    run = load(write_run(tmp_path / "run", [*records(0, 40, T, 1), *vals], events__jsonl=start))
+    placed = [r for r in timed(run) if r["kind"] == "val"]
+    assert [r["tokens"] for r in placed] == [5000, 25_000, 40_000]  # past the last logged step nothing is known
+    assert [r["minutes"] * 60 for r in placed] == pytest.approx([10, 50, 80])
+    assert [r["tokens"] for r in timed(run) if r["kind"] == "train"] == [10_000, 20_000, 30_000, 40_000]
+    assert _late(run)["validation"] == ([5000, 25_000, 40_000], [4.0, 4.0, 4.0])
+    bare = load(write_run(tmp_path / "bare", [{"kind": "train", "step": 1, "loss": 5.0}, *vals]))
+    assert [r["tokens"] for r in timed(bare)] == [r["minutes"] for r in timed(bare)] == [None] * 4
