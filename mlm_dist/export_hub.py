@@ -1,11 +1,13 @@
 """An export on the Hugging Face hub."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_dist.errors import UserError
+from mlm_dist.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,8 +58,11 @@ class Hub:
         return str(self._asking(send))
 
     def _token(self) -> str:
-        """From the environment only: a token on disk may be another person's, or for another purpose."""
-        return next((value for name in TOKENS if (value := os.environ.get(name, "").strip())), "")
+        """From the environment only: a token on disk may be another person's, or for another purpose. Raises UserError where it can be none."""
+        name, token = next(((n, v) for n in TOKENS if (v := os.environ.get(n, "").strip())), ("", ""))
+        if not re.fullmatch(r"[!-~]*", token):  # the client would show it in its error
+            raise UserError(f"{name}: must be printable ASCII without white space, as the hub gives tokens (not shown)")
+        return token
 
     def _asking(self, question: "Callable[[HfApi], object]") -> object:
         from huggingface_hub import HfApi
@@ -66,5 +71,5 @@ class Hub:
         try:
             return question(HfApi(token=self._token()))
         except (HTTPError, OSError) as error:  # the hub's own errors are of one of these kinds
-            first = next(iter(str(error).splitlines()), type(error).__name__)
+            first = redact(next(iter(str(error).splitlines()), type(error).__name__))
             raise UserError(f"--push-to-hub: {self.repo}: the hub refuses or cannot be reached ({first})") from error

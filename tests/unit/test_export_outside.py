@@ -307,3 +307,25 @@ def test_the_hub_is_asked_before_anything_is_made(
     with pytest.raises(UserError, match="--private: is for --push-to-hub"):
         command(str(run_dir), "--private")
     assert not out.exists() and [path for path, _, _ in hub.requests] == ["/api/whoami-v2"]
+
+
+@pytest.mark.parametrize("token", ["hf_one\nhf_two", "hf_one two", "hf_\u00e9t\u00e9", "hf_\x7f"])
+def test_a_token_that_can_be_none_is_refused_and_not_shown(
+    run_dir: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=r"HF_TOKEN: must be printable ASCII") as caught:
+        command(str(run_dir), "--push-to-hub", "me/tiny")
+    assert "hf_" not in str(caught.value) and not hub.requests
+
+
+def test_an_error_that_holds_the_token_is_told_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlm_dist.export_hub import Hub
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def fail(_: Any) -> None:
+        raise OSError("no route for Bearer hf_secret")
+
+    with pytest.raises(UserError, match=r"no route for Bearer \*\*\*"):
+        Hub("me/tiny")._asking(fail)
