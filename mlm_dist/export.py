@@ -172,7 +172,10 @@ def export(
 def _round(model: "PreTrainedModel", dtype: str) -> None:
     import torch
 
-    model.to(getattr(torch, DTYPES[dtype]))
+    for p in (
+        model.parameters()
+    ):  # not buffers: who loads the export computes those anew, the rotary frequencies say, in fp32
+        p.data = p.data.to(getattr(torch, DTYPES[dtype]))
     lost = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if lost:
         raise UserError(

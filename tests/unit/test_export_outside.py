@@ -329,3 +329,26 @@ def test_an_error_that_holds_the_token_is_told_without_it(monkeypatch: pytest.Mo
 
     with pytest.raises(UserError, match=r"no route for Bearer \*\*\*"):
         Hub("me/tiny")._asking(fail)
+
+
+def test_rounding_leaves_the_rotary_frequencies_as_whoever_loads_the_export_computes_them(tmp_path: Path) -> None:
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    config = ModernBertConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = ModernBertForMaskedLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    path = tmp_path / "modern"
+    (path / "checkpoints").mkdir(parents=True)
+    config.save_pretrained(path / "model")
+    make_tokenizer().save_pretrained(path / "tokenizer")
+    write_checkpoint(path, model, 1)
+    lines: list[str] = []
+    export(path, dtype="bf16", say=lines.append)
+    assert lines[0].startswith("transformers: logits within 0.0e+00")
