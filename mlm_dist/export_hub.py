@@ -10,7 +10,7 @@ from mlm_dist.errors import UserError
 from mlm_dist.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from huggingface_hub import HfApi
 
@@ -47,12 +47,21 @@ class Hub:
             raise UserError("--push-to-hub: HF_HUB_OFFLINE is set, so nothing can be sent; unset it")
         return str(self._asking(lambda api: api.whoami()["name"]))
 
-    def push(self, directory: Path, message: str) -> str:
-        """Make the repository where it is not there, and upload the directory as one commit; returns its address. Raises UserError."""
+    def push(self, directory: Path, message: str, *, replaces: "Sequence[str]" = ()) -> str:
+        """Make the repository where it is not there, and upload the directory as one commit; returns its address.
+
+        Args:
+            replaces: patterns of names of an earlier upload that go with that commit, unless the directory has them.
+
+        Raises:
+            UserError: the hub refuses or cannot be reached.
+        """
 
         def send(api: "HfApi") -> str:
             repo = api.create_repo(self.repo, private=self.private, exist_ok=True)
-            api.upload_folder(repo_id=repo.repo_id, folder_path=directory, commit_message=message)
+            api.upload_folder(
+                repo_id=repo.repo_id, folder_path=directory, commit_message=message, delete_patterns=list(replaces)
+            )
             return str(repo)
 
         return str(self._asking(send))

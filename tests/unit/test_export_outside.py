@@ -226,7 +226,7 @@ class _Answers(BaseHTTPRequestHandler):
         hub, url = self.server, f"{self.server.url}/me/tiny"
         lines = [json.loads(line) for line in body.splitlines()]
         hub.requests.append((self.path, lines, self.headers.get("Authorization", "")))
-        reply: dict[str, Any] = {}
+        reply: Any = {}
         if self.path == "/api/whoami-v2":
             reply = {"name": "me", "type": "user", "auth": {}}
         elif self.path == "/api/repos/create":
@@ -237,8 +237,12 @@ class _Answers(BaseHTTPRequestHandler):
                     {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]
                 ]
             }
+        elif self.path.startswith("/api/models/me/tiny/tree/"):
+            reply = [{"type": "file", "path": p, "size": len(b), "oid": "0"} for p, b in hub.files.items()]
         elif self.path.startswith("/api/models/me/tiny/commit/"):
             for line in lines:
+                if line["key"] == "deletedFile":
+                    del hub.files[line["value"]["path"]]
                 if line["key"] == "file":
                     hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "header":
@@ -277,8 +281,11 @@ def test_an_export_goes_to_the_hub_as_it_was_verified(
     run_dir: Path, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+    stale = ("model.onnx", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    others = {".gitattributes": b"*.onnx", "LICENSE": b"MIT", "onnx/model.onnx": b"mine"}
+    hub.files = {**others, **dict.fromkeys(stale, b"of an earlier export")}
     assert command(str(run_dir), "--output", str(out), "--push-to-hub", "me/tiny", "--private") == 0
-    assert hub.files == {p.name: p.read_bytes() for p in out.iterdir()} and "model.safetensors" in hub.files
+    assert hub.files == others | {p.name: p.read_bytes() for p in out.iterdir()} and "model.safetensors" in hub.files
     assert hub.message == "Step 20 of tiny"
     assert {token for path, _, token in hub.requests if "/me/tiny/" in path or "repos" in path} == {"Bearer hf_secret"}
     ((_, (wanted,), _),) = [r for r in hub.requests if r[0] == "/api/repos/create"]
