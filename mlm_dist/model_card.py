@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import read_json, read_yaml
-from mlm_dist.redact import redact
-from mlm_dist.report import facts
+from mlm_dist.report import facts, read
 from mlm_dist.report.run import Run, account, load, number, whole
 from mlm_dist.report.summary import draw
 from mlm_dist.report.words import duration
@@ -58,7 +56,7 @@ def _up_to(run_dir: Path, step: int) -> Run | None:
 
 
 def _card(of: Exported, run: Run | None, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
-    name, config = of.run_dir.resolve().name, redact(read_yaml(of.run_dir / "config.yaml"))
+    name, config = of.run_dir.resolve().name, read.config(of.run_dir)[0]
     head = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
@@ -126,11 +124,15 @@ def _model(of: Exported, model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
 
 def _data(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[str, str]:
     out = {}
-    data = config.get("data") or {}
-    named = data.get("manifest") or [s.get("manifest") for s in data.get("sources") or [] if isinstance(s, dict)]
-    if named:
-        out["Data"] = ", ".join(f"`{m}`" for m in ([named] if isinstance(named, str) else named))
-    identity = (read_json(of.run_dir / "identity.json") or {}).get("identity") or {}
+    data = config.get("data", {})
+    sources = data.get("sources")
+    named = [
+        data.get("manifest"),
+        *(s.get("manifest") for s in (sources if isinstance(sources, list) else []) if isinstance(s, dict)),
+    ]
+    if any(named):
+        out["Data"] = ", ".join(f"`{m}`" for m in named if m)
+    identity, _ = read.identity(of.run_dir)
     if fingerprint := identity.get("data.manifest", identity.get("data.sources")):
         out["Fingerprint"] = f"`{fingerprint}`"
     starts = [e["documents"] for e in (run.events if run else []) if isinstance(e.get("documents"), list)]
@@ -139,7 +141,7 @@ def _data(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[str,
     if data.get("seq_len"):
         out["Sequence length in training"] = f"{data['seq_len']} tokens"
     last = run.train[-1] if run and run.train else {}
-    tokens = of.trainer.get("tokens") or number(last.get("tokens"))
+    tokens = number(of.trainer.get("tokens")) or number(last.get("tokens"))
     if tokens:
         out["Useful tokens seen"] = f"{tokens:,.0f}"
     if (epoch := number(last.get("epoch"))) is not None:
@@ -157,7 +159,7 @@ def _training(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[
     last = run.train[-1] if run.train else {}
     if (loss := number(last.get("loss"))) is not None:
         # With labels: all the loss is over unmasked tokens too; validation is always over masked ones.
-        kind = "masked" if (config.get("mask") or {}).get("labels", "masked") == "masked" else "labelled"
+        kind = "masked" if config.get("mask", {}).get("labels", "masked") == "masked" else "labelled"
         out["Training loss"] = f"{loss:.4f} nats per {kind} token (step {last['step']:,})"
     if scored := _scored(run):
         out["Validation loss"] = _measured(scored[-1])

@@ -226,7 +226,9 @@ def data(run: Run) -> Rows:
         shares[whole(e.get("source")) or 0, whole(e.get("epoch")) or 0] += whole(e.get("documents")) or 0
     sizes = start.get("documents", [])
     worst = [
-        (n / sizes[s], n, sizes[s], epoch) for (s, epoch), n in shares.items() if s < len(sizes) and whole(sizes[s])
+        (n / sizes[s], n, sizes[s], epoch)
+        for (s, epoch), n in shares.items()
+        if 0 <= s < len(sizes) and whole(sizes[s])
     ]
     if worst and allowed is not None:
         share, n, of, epoch = max(worst)

@@ -121,8 +121,8 @@ def _predictions(run: Run) -> str:
         return ""
     last = run.predictions[-1]
     rows = []
-    for row in [r for r in last["rows"] if isinstance(r, dict)][:40]:
-        guesses = [g for g in row.get("predictions") or [] if isinstance(g, list) and len(g) == 2]
+    for row in last["rows"][:40]:
+        guesses = [g for g in row.get("predictions", []) if isinstance(g, list) and len(g) == 2]
         shown = ", ".join(f"{token} {p:.0%}" for token, value in guesses if (p := number(value)) is not None)
         rows.append([str(row.get("text", "")), str(row.get("truth", "")), shown])
     title = f"Masked tokens and what the model gave for them at step {last.get('step', '')}"
@@ -151,8 +151,8 @@ def _config(run: Run) -> str:
 
 
 def _damaged(run: Run) -> str:
-    told = [f"{plural(count, 'line')} of {name}" for name, count in run.damaged.items()]
-    return f"<p>Not readable, and left out here: {html.escape(' and '.join(told))}.</p>" if told else ""
+    told = [f"{plural(n, 'line' if name.endswith('.jsonl') else 'part')} of {name}" for name, n in run.damaged.items()]
+    return f"<p>Not readable, and left out here: {html.escape(', '.join(told))}.</p>" if told else ""
 
 
 def _events(run: Run) -> str:

@@ -20,6 +20,7 @@ from mlm_dist import export_check, export_onnx
 from mlm_dist.errors import UserError
 from mlm_dist.export import export, find, load
 from tests.unit.test_export import make_model, make_tokenizer, write_checkpoint
+from tests.unit.test_report_run import spoil
 
 
 def make_run(path: Path) -> Path:
@@ -193,6 +194,17 @@ def test_the_card_tells_data_curves_metrics_and_limits_of_that_step(directory: P
     assert "## Limitations" in text and "longer than 16 tokens" in text
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in directory.iterdir()}
     assert modes["model.safetensors"] == modes["README.md"]
+
+
+def test_no_odd_file_of_the_run_stops_an_export(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "odd")
+    (path / "events.jsonl").unlink()
+    spoil(path)
+    text = (export(path) / "README.md").read_text()
+    assert "| Training loss | 3.0000 nats per masked token (step 20) |" in text.splitlines()
+    (path / "metrics.jsonl").unlink()
+    (path / "config.yaml").write_text("data: {sources: 3, manifest: [1]}\n")
+    assert "| Metrics | not recorded |" in (export(path) / "README.md").read_text()
 
 
 # The hub: huggingface_hub's own client, with a server of this machine instead of huggingface.co.

@@ -220,9 +220,9 @@ def test_damaged_and_odd_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     (run_dir / "config.yaml").write_text("a: [")
     run = load(run_dir)
     assert [r["step"] for r in run.train] == [10, 20, 30, 31]
-    assert run.damaged == {"metrics.jsonl": 3, "events.jsonl": 1}
+    assert run.damaged == {"metrics.jsonl": 3, "events.jsonl": 1, "status.json": 1, "config.yaml": 1}
     text = report(run_dir)[-1].read_text()
-    assert "Not readable, and left out here: 3 lines of metrics.jsonl and 1 line of events.jsonl." in text
+    assert "Not readable, and left out here: 3 lines of metrics.jsonl, 1 line of events.jsonl, 1 part of " in text
 
 
 def test_a_long_run_with_many_events_gives_a_page_of_bounded_size(tmp_path: Path) -> None:
@@ -343,3 +343,30 @@ def test_a_validation_between_logged_steps_has_its_place_by_tokens_and_time(tmp_
     assert _late(run)["validation"] == ([5000, 25_000, 40_000], [4.0, 4.0, 4.0])
     bare = load(write_run(tmp_path / "bare", [{"kind": "train", "step": 1, "loss": 5.0}, *vals]))
     assert [r["tokens"] for r in timed(bare)] == [r["minutes"] for r in timed(bare)] == [None] * 4
+
+
+def spoil(run_dir: Path) -> None:
+    """Files that parse and hold something else than they should."""
+    deep = "[" * 400 + "]" * 400
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 31, "attempt": [1], "time": [2], "loss": 1' + "0" * 400 + "}\n")
+        file.write('{"kind": "train", "step": 1' + "0" * 400 + "}\n" + '{"kind": "train", "step": 32, "lr": 1e308}\n')
+        file.write('{"kind": "train", "step": 33, "x": ' + deep + "}\n" + '{"a": ' * 100_000 + "\n")
+    (run_dir / "events.jsonl").mkdir()
+    (run_dir / "config.yaml").write_text("data: [1]\nmask: 3\ntrain: {clip: high}\nmodel:\n  a: " + deep)
+    (run_dir / "identity.json").write_text("[1]")
+    (run_dir / "status.json").write_text('{"state": [1], "reason": {}}')
+    (run_dir / "env.json").write_text('{"packages": 3, "host": [1]}')
+    (run_dir / "predictions.jsonl").write_text(
+        '{"rows": [{"predictions": 3}, 4, {"text": 5, "predictions": [[1, 2], 3]}]}\n'
+    )
+
+
+def test_files_of_another_shape_are_left_out_and_counted(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", records(0, 30, T, 1))
+    spoil(run_dir)
+    run = load(run_dir)
+    assert [r["step"] for r in run.train] == [10, 20, 30, 31, 32] and run.config == {"train": {"clip": "high"}}
+    assert run.damaged == {"metrics.jsonl": 2, "events.jsonl": 1, "config.yaml": 3, "identity.json": 1}
+    assert len(report(run_dir)) == 5
+    compare([run_dir, run_dir], tmp_path / "out")
