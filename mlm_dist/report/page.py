@@ -25,7 +25,7 @@ td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 pre { background: #f6f8fa; padding: 1rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .5rem; }
 .state { display: inline-block; border-radius: 4px; padding: 0 .5rem; color: #fff; background: #5b6672; }
-.finished { background: #00795a; } .failed { background: #b54a00; } .running { background: #1f6f9f; }
+.finished { background: #00795a; } .failed, .died, .hung { background: #b54a00; } .running { background: #1f6f9f; }
 .preempted, .cancelled { background: #8a6100; }
 @media (max-width: 600px) { body { margin: 1rem auto; font-size: 14px; } th, td { padding-right: .7rem; } .wide img { min-width: 48rem; } }
 @media print { body { max-width: none; margin: 0; font-size: 11px; } img, tr { break-inside: avoid; } h2 { break-after: avoid; } .wide { overflow: visible; }

@@ -8,9 +8,11 @@ from typing import Any
 
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_json
+from mlm_dist.lifecycle import EXIT_HUNG
 from mlm_dist.redact import redact
 from mlm_dist.report import read
 from mlm_dist.report.read import Record
+from mlm_dist.watch_command import Heart, standing
 
 # What ends an attempt, in the colours of the time line.
 ENDS = ("finished", "running", "preempted", "cancelled", "stopped", "failed", "hung", "died")
@@ -133,7 +135,10 @@ def load(run_dir: Path) -> Run:
     if not records:
         raise UserError(f"{path}: no step logged yet")
     events = redact([e for e in lines("events.jsonl") if isinstance(e.get("kind"), str)])
+    silence = Heart(run_dir / "lock").silence()  # first: of a run that ends in between, the status tells
     status = whole_file("status.json")
+    if status.get("state") == "running" and (code := (now := standing(status, silence)).code) is not None:
+        status |= {"state": "hung" if code == EXIT_HUNG else "died", "reason": now.state}
     config, damaged["config.yaml"] = read.config(run_dir)
     identity, damaged["identity.json"] = read.identity(run_dir)
     last = {(r["kind"], r["step"]): r for r in records}
@@ -216,13 +221,16 @@ def _end(
         if event["kind"] == "stopped":
             requeue = event.get("requeue")
             return "stopped" if requeue is None else "preempted" if requeue else "cancelled", reason, step
-    if is_last and status.get("state") in ENDS:
-        return status["state"], str(status.get("reason") or ""), whole(status.get("step"))
-    try:
-        reason = (run_dir / "logs" / f"attempt_{attempt}.failed").read_text(errors="replace")
-    except OSError:
-        return ("died", "without a word", None) if not is_last else ("running", "", None)
-    return "failed", redact(reason), None
+    state = status.get("state") if is_last else None
+    known = state in ENDS
+    if not known or state == "died":
+        try:
+            return "failed", redact((run_dir / "logs" / f"attempt_{attempt}.failed").read_text(errors="replace")), None
+        except OSError:
+            pass
+    if known:
+        return str(state), str(status.get("reason") or ""), whole(status.get("step"))
+    return ("running", "", None) if is_last else ("died", "without a word", None)
 
 
 @dataclass(frozen=True)

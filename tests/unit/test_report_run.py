@@ -1,13 +1,16 @@
 """What the report makes of a run with restarts, roll-backs, losses and stalls, and of several runs; held against figures counted by hand."""
 
 import json
+import os
 import re
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlm_dist.lifecycle import started_at
 from mlm_dist.report import facts
 from mlm_dist.report.command import compare, report
 from mlm_dist.report.compare import timed
@@ -122,6 +125,7 @@ def troubled(tmp_path: Path) -> Path:
         logged,
         events__jsonl="".join(json.dumps(e) + "\n" for e in told),
         status__json={"state": "running", "step": 80, "attempt": 4},
+        lock={"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())},
         config__yaml="data: {max_bad_fraction: 0.02, seq_len: 64}\noptim: {lr: 0.001}\n",
     )
 
@@ -370,3 +374,18 @@ def test_files_of_another_shape_are_left_out_and_counted(tmp_path: Path) -> None
     assert run.damaged == {"metrics.jsonl": 2, "events.jsonl": 1, "config.yaml": 3, "identity.json": 1}
     assert len(report(run_dir)) == 5
     compare([run_dir, run_dir], tmp_path / "out")
+
+
+def test_a_run_whose_process_is_gone_is_not_called_running(troubled: Path) -> None:
+    (troubled / "lock").unlink()
+    run = load(troubled)
+    assert run.status["state"] == run.attempts[-1].ended == "died" and "no process holds" in run.attempts[-1].reason
+    (troubled / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 1}))
+    assert load(troubled).attempts[-1].ended == "running"
+    os.utime(troubled / "lock", (T, T))
+    run = load(troubled)
+    assert run.attempts[-1].ended == "hung" and run.attempts[-1].reason.startswith("no heartbeat for")
+    (troubled / "lock").unlink()
+    (troubled / "logs").mkdir()
+    (troubled / "logs" / "attempt_4.failed").write_text("rank 0: killed")
+    assert (load(troubled).attempts[-1].ended, load(troubled).attempts[-1].reason) == ("failed", "rank 0: killed")
