@@ -1,5 +1,6 @@
 """The model card of an export: what the model is, from which data and recipe, how far it came, and what it was not tested for."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CURVES = "training.png"
+# An absolute path, of this host or as file:, and not the path in another address.
+_PATH = re.compile(r"(?<![^\s'\"=,(\[])(file:/*(?=/)|~[^/\s]*|)(/[^\s'\",)\]]+)")
 # Validations in the table: the last ones, and the best.
 _MOST_VALIDATIONS = 10
 
@@ -56,7 +59,7 @@ def _up_to(run_dir: Path, step: int) -> Run | None:
 
 
 def _card(of: Exported, run: Run | None, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
-    name, config = of.run_dir.resolve().name, read.config(of.run_dir)[0]
+    name, config = of.run_dir.resolve().name, _public(read.config(of.run_dir)[0])
     head = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
@@ -108,6 +111,23 @@ fill("The first word of this sentence is {tokenizer.mask_token}.")
 The model gives back what was frequent in its training text, its errors and its biases too. It was scored by masked tokens of the validation text above and
 by nothing else: not on other tasks, languages or domains, nor for bias or safety. Inputs longer than {longest:,} tokens must be cut.
 """
+
+
+def _public(value: Any) -> Any:
+    """A copy of a config without the directories above what absolute paths in it name: they may tell of people and machines."""
+    if isinstance(value, dict):
+        return {k: _public(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_public(v) for v in value]
+    if isinstance(value, str):
+        return _PATH.sub(_end, value)
+    return value
+
+
+def _end(path: re.Match[str]) -> str:
+    home = path[1].startswith("~")
+    names = [name for name in path[2].split("/") if name]
+    return "/".join(["…", *names[0 if home else 2 :][-2:]])  # without /home/someone, which ~ stands for
 
 
 def _model(of: Exported, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
@@ -168,7 +188,9 @@ def _training(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[
     if (ranks := whole(last.get("world_size"))) is not None:
         out["Ranks"] = str(ranks)
     environment = run.environment
-    for key in ("device", "devices", "gpu", "hardware", "platform", "python"):
+    if environment.get("device"):
+        out["Devices"] = f"{environment.get('devices')} x {environment['device']}"
+    for key in ("platform", "python"):
         if environment.get(key):
             out[key.capitalize()] = str(environment[key])
     parts = account(run)

@@ -207,6 +207,31 @@ def test_no_odd_file_of_the_run_stops_an_export(tmp_path: Path) -> None:
     assert "| Metrics | not recorded |" in (export(path) / "README.md").read_text()
 
 
+def test_the_card_tells_the_devices_and_no_directory_of_this_machine(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "alice" / "tiny")
+    (path / "env.json").write_text(json.dumps({"device": "NVIDIA H100", "devices": 4, "python": "3.11"}))
+    config = {
+        "run": {"dir": "/home/alice"},
+        "data": {
+            "manifest": None,
+            "sources": [
+                {"manifest": "/home/alice/secret/project/wiki/manifest.json"},
+                {"manifest": "file:///home/alice/m.json"},
+                {"manifest": "s3://bucket/home/m.json"},
+                {"manifest": "data/alike/m.json"},
+            ],
+            "tokenizer": "~alice/tokenizer",
+        },
+        "deepspeed": {"config": "--x=/scratch/alice/jobs/zero.json, /tmp/alice/y"},
+    }
+    (path / "config.yaml").write_text(json.dumps(config))
+    text = (export(path) / "README.md").read_text()
+    assert "| Devices | 4 x NVIDIA H100 |" in text and "| Python | 3.11 |" in text
+    shown = "`…/wiki/manifest.json`, `…/m.json`, `s3://bucket/home/m.json`, `data/alike/m.json`"
+    assert f"| Data | {shown} |" in text and "…/jobs/zero.json" in text and "tokenizer: …/tokenizer" in text
+    assert not [hidden for hidden in ("/home/alice", "alice/", "secret", str(tmp_path)) if hidden in text]
+
+
 # The hub: huggingface_hub's own client, with a server of this machine instead of huggingface.co.
 
 
