@@ -181,7 +181,7 @@ def _training(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[
         # With labels: all the loss is over unmasked tokens too; validation is always over masked ones.
         kind = "masked" if config.get("mask", {}).get("labels", "masked") == "masked" else "labelled"
         out["Training loss"] = f"{loss:.4f} nats per {kind} token (step {last['step']:,})"
-    if scored := _scored(run):
+    if scored := facts.scored(run):
         out["Validation loss"] = _measured(scored[-1])
     if run.unigram_entropy is not None:
         out["Unigram entropy of the validation text"] = f"{run.unigram_entropy:.4f} nats"
@@ -204,10 +204,6 @@ def _training(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[
     return out
 
 
-def _scored(run: Run) -> list[Mapping[str, Any]]:
-    return [r for r in run.val if number(r.get("loss")) is not None]
-
-
 def _measured(record: Mapping[str, Any]) -> str:
     parts = [f"{record['loss']:.4f} nats per masked token"]
     for key, form in (("perplexity", "perplexity {:.2f}"), ("accuracy", "accuracy {:.1%}")):
@@ -218,10 +214,10 @@ def _measured(record: Mapping[str, Any]) -> str:
 
 def _validations(run: Run | None) -> str:
     """Of the last validations, and of the best, a table."""
-    scored = _scored(run) if run else []
-    if not scored:
+    best = facts.best(run) if run else None
+    if run is None or best is None:
         return "No validation was made."
-    best = min(scored, key=lambda r: float(r["loss"]))
+    scored = facts.scored(run)
     shown = scored[-_MOST_VALIDATIONS:]
     shown = shown if any(r is best for r in shown) else [best, *shown]
     lines = ["| Step | Validation loss | Perplexity | Accuracy |", "|---|---|---|---|"]

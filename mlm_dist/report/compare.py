@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_dist.report.run import Record, Run, number, placed, series, spans
-from mlm_dist.report.style import COLOURS, MUTED, count_steps, few_markers, picture, smoothed, title
+from mlm_dist.report.style import COLOURS, count_steps, few_markers, nothing, picture, smoothed, title
 from mlm_dist.report.words import plural, short
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def _draw_losses(axes: "Axes", runs: Sequence[Run], by: str, name: str, kind: st
             axes.plot(*smoothed(xs, ys), linewidth=1.4, **_look(i))
     title(axes, name, f"{plural(missing, 'run')} not recorded" if 0 < missing < len(runs) else "")
     if missing == len(runs):
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
-        axes.set_yticks([])
+        nothing(axes)
     axes.set_xlabel({"step": "step", "tokens": "useful tokens", "minutes": f"{unit} of steps that count"}[by])
     if by != "minutes":
         count_steps(axes, 4 if kind is None else 6)
