@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,13 @@ log = logging.getLogger(__name__)
 
 # Written into each export, so that a later one knows a directory that it may replace.
 _MARK = "mlm_dist_export.json"
+# Names of all that an export may write: of an earlier one, these are replaced.
+WRITES = (
+    _MARK, "README.md", model_card.CURVES, export_onnx.NAME, f"{export_onnx.NAME}.data", "config.json", "generation_config.json",
+    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -137,7 +145,7 @@ def export(
 
     The directory appears whole or not at all: it is written beside its place, loaded again through
         AutoModelForMaskedLM, compared to the bit with the checkpoint, then renamed. An export that is already there
-        is replaced.
+        is replaced, with its card; one that holds more is not.
 
     Args:
         dtype: of the weights, one of DTYPES; those of the checkpoint, which are fp32, are rounded to it.
@@ -145,7 +153,7 @@ def export(
         say: told how far what other programs compute from the export is from what the checkpoint's model does; without it that is not looked at.
 
     Raises:
-        UserError: no checkpoint there, ``output`` exists and is no export, the weights do not fit ``dtype``, or ONNX is not installed.
+        UserError: no checkpoint there, ``output`` exists and is no export or holds other files too, the weights do not fit ``dtype``, or ONNX is not installed.
         RuntimeError: what was written is not the checkpoint's model.
     """
     if onnx:
@@ -154,11 +162,10 @@ def export(
             raise UserError(f"--dtype: {dtype} has no ONNX export; leave out --onnx or --dtype")
     source = find(path, step, best=best)
     target = Path(output) if output is not None else source.run_dir / "export"
-    if target.exists() and not (target / _MARK).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output: {str(target)!r} exists and is no export of mlm-dist; give another directory")
+    _check_target(target)
     model, tokenizer = load(source)
     _round(model, dtype)
-    with _replacing(target) as directory, quiet():
+    with _replacing(target.resolve()) as directory, quiet():
         _write(directory, source, model, tokenizer)
         _verify(directory, model, tokenizer)
         if onnx:
@@ -169,10 +176,27 @@ def export(
     return target
 
 
+def _check_target(target: Path) -> None:
+    if not target.exists():
+        return
+    if target.resolve() == Path.cwd():
+        raise UserError(f"--output: {str(target)!r} is the working directory, which cannot be replaced; give another")
+    if not (target / _MARK).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output: {str(target)!r} exists and is no export of mlm-dist; give another directory")
+    names = sorted(path.name for path in target.iterdir())
+    if others := [name for name in names if not any(fnmatchcase(name, pattern) for pattern in WRITES)]:
+        raise UserError(
+            f"--output: {str(target)!r} holds {others[0]!r}, which no export writes and replacing it would delete; move it, or give another directory"
+        )
+
+
 def _round(model: "PreTrainedModel", dtype: str) -> None:
     import torch
 
-    model.to(getattr(torch, DTYPES[dtype]))
+    for p in (
+        model.parameters()
+    ):  # not buffers: who loads the export computes those anew, the rotary frequencies say, in fp32
+        p.data = p.data.to(getattr(torch, DTYPES[dtype]))
     lost = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if lost:
         raise UserError(
@@ -189,14 +213,19 @@ def _replacing(target: Path) -> Iterator[Path]:
         yield new
         if target.exists():
             target.rename(old)
-        new.rename(target)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"--output: {str(target)!r} cannot be written ({error.strerror or error}); give another directory"
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(directory: Path, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -289,5 +318,5 @@ def run(args: argparse.Namespace) -> int:
     print(directory)
     if hub is not None:
         mark = json.loads((directory / _MARK).read_text())
-        print(hub.push(directory, f"Step {mark['step']} of {mark['run']}"))
+        print(hub.push(directory, f"Step {mark['step']} of {mark['run']}", replaces=WRITES))
     return 0

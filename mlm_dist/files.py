@@ -68,7 +68,7 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
     """The JSON object that ``data`` is, or None."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -79,7 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         value = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -1,5 +1,6 @@
 """The model card of an export: what the model is, from which data and recipe, how far it came, and what it was not tested for."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import read_json, read_yaml
-from mlm_dist.redact import redact
-from mlm_dist.report import facts
+from mlm_dist.report import facts, read
 from mlm_dist.report.run import Run, account, load, number, whole
 from mlm_dist.report.summary import draw
 from mlm_dist.report.words import duration
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CURVES = "training.png"
+# An absolute path, of this host or as file:, and not the path in another address.
+_PATH = re.compile(r"(?<![^\s'\"=,(\[])(file:/*(?=/)|~[^/\s]*|)(/[^\s'\",)\]]+)")
 # Validations in the table: the last ones, and the best.
 _MOST_VALIDATIONS = 10
 
@@ -58,7 +59,7 @@ def _up_to(run_dir: Path, step: int) -> Run | None:
 
 
 def _card(of: Exported, run: Run | None, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
-    name, config = of.run_dir.resolve().name, redact(read_yaml(of.run_dir / "config.yaml"))
+    name, config = of.run_dir.resolve().name, _public(read.config(of.run_dir)[0])
     head = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
@@ -112,6 +113,23 @@ by nothing else: not on other tasks, languages or domains, nor for bias or safet
 """
 
 
+def _public(value: Any) -> Any:
+    """A copy of a config without the directories above what absolute paths in it name: they may tell of people and machines."""
+    if isinstance(value, dict):
+        return {k: _public(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_public(v) for v in value]
+    if isinstance(value, str):
+        return _PATH.sub(_end, value)
+    return value
+
+
+def _end(path: re.Match[str]) -> str:
+    home = path[1].startswith("~")
+    names = [name for name in path[2].split("/") if name]
+    return "/".join(["…", *names[0 if home else 2 :][-2:]])  # without /home/someone, which ~ stands for
+
+
 def _model(of: Exported, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     c = model.config
     size = sum(p.numel() for p in model.parameters())
@@ -126,11 +144,15 @@ def _model(of: Exported, model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
 
 def _data(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[str, str]:
     out = {}
-    data = config.get("data") or {}
-    named = data.get("manifest") or [s.get("manifest") for s in data.get("sources") or [] if isinstance(s, dict)]
-    if named:
-        out["Data"] = ", ".join(f"`{m}`" for m in ([named] if isinstance(named, str) else named))
-    identity = (read_json(of.run_dir / "identity.json") or {}).get("identity") or {}
+    data = config.get("data", {})
+    sources = data.get("sources")
+    named = [
+        data.get("manifest"),
+        *(s.get("manifest") for s in (sources if isinstance(sources, list) else []) if isinstance(s, dict)),
+    ]
+    if any(named):
+        out["Data"] = ", ".join(f"`{m}`" for m in named if m)
+    identity, _ = read.identity(of.run_dir)
     if fingerprint := identity.get("data.manifest", identity.get("data.sources")):
         out["Fingerprint"] = f"`{fingerprint}`"
     starts = [e["documents"] for e in (run.events if run else []) if isinstance(e.get("documents"), list)]
@@ -139,7 +161,7 @@ def _data(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[str,
     if data.get("seq_len"):
         out["Sequence length in training"] = f"{data['seq_len']} tokens"
     last = run.train[-1] if run and run.train else {}
-    tokens = of.trainer.get("tokens") or number(last.get("tokens"))
+    tokens = number(of.trainer.get("tokens")) or number(last.get("tokens"))
     if tokens:
         out["Useful tokens seen"] = f"{tokens:,.0f}"
     if (epoch := number(last.get("epoch"))) is not None:
@@ -157,16 +179,18 @@ def _training(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[
     last = run.train[-1] if run.train else {}
     if (loss := number(last.get("loss"))) is not None:
         # With labels: all the loss is over unmasked tokens too; validation is always over masked ones.
-        kind = "masked" if (config.get("mask") or {}).get("labels", "masked") == "masked" else "labelled"
+        kind = "masked" if config.get("mask", {}).get("labels", "masked") == "masked" else "labelled"
         out["Training loss"] = f"{loss:.4f} nats per {kind} token (step {last['step']:,})"
-    if scored := _scored(run):
+    if scored := facts.scored(run):
         out["Validation loss"] = _measured(scored[-1])
     if run.unigram_entropy is not None:
         out["Unigram entropy of the validation text"] = f"{run.unigram_entropy:.4f} nats"
     if (ranks := whole(last.get("world_size"))) is not None:
         out["Ranks"] = str(ranks)
     environment = run.environment
-    for key in ("device", "devices", "gpu", "hardware", "platform", "python"):
+    if environment.get("device"):
+        out["Devices"] = f"{environment.get('devices')} x {environment['device']}"
+    for key in ("platform", "python"):
         if environment.get(key):
             out[key.capitalize()] = str(environment[key])
     parts = account(run)
@@ -180,10 +204,6 @@ def _training(of: Exported, run: Run | None, config: Mapping[str, Any]) -> dict[
     return out
 
 
-def _scored(run: Run) -> list[Mapping[str, Any]]:
-    return [r for r in run.val if number(r.get("loss")) is not None]
-
-
 def _measured(record: Mapping[str, Any]) -> str:
     parts = [f"{record['loss']:.4f} nats per masked token"]
     for key, form in (("perplexity", "perplexity {:.2f}"), ("accuracy", "accuracy {:.1%}")):
@@ -194,10 +214,10 @@ def _measured(record: Mapping[str, Any]) -> str:
 
 def _validations(run: Run | None) -> str:
     """Of the last validations, and of the best, a table."""
-    scored = _scored(run) if run else []
-    if not scored:
+    best = facts.best(run) if run else None
+    if run is None or best is None:
         return "No validation was made."
-    best = min(scored, key=lambda r: float(r["loss"]))
+    scored = facts.scored(run)
     shown = scored[-_MOST_VALIDATIONS:]
     shown = shown if any(r is best for r in shown) else [best, *shown]
     lines = ["| Step | Validation loss | Perplexity | Accuracy |", "|---|---|---|---|"]

@@ -8,6 +8,16 @@ import torch
 from mlm_dist.lifecycle import environment
 
 
+def machine(device: torch.device, ranks: int) -> dict[str, Any]:
+    """The devices that a run trains on, by rank 0's, for env.json."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, threads a rank: {torch.get_num_threads()}"
+    )
+    return {"device": name, "devices": ranks}
+
+
 def provenance(
     device: torch.device, *, hosts: Sequence[str], data: Any, tokenizer: str, parameters: int
 ) -> dict[str, Any]:
@@ -27,7 +37,7 @@ def provenance(
         "software": {"python": of_host["python"], "platform": of_host["platform"], **of_host["packages"]},
         "data_fingerprint": {"data": data, "tokenizer": tokenizer},
         "hardware": {
-            "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads a rank",
+            "device": machine(device, len(hosts))["device"],
             "device_memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else None,
             "ranks": len(hosts),
             "hosts": sorted(set(hosts)),

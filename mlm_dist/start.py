@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,11 @@ def open_run(
     inputs: Inputs,
     directory: RunDir,
     flag: StopFlag,
+    machine: Mapping[str, Any],
     allow_change: Sequence[str],
     say: Callable[[str], None],
 ) -> tuple[Opened, Ledger, dict[str, Any]]:
-    """Take ``directory``, whose stop requests set ``flag``, for an attempt; after an error it is free again.
+    """Take ``directory``, whose stop requests set ``flag``, for an attempt on ``machine``; after an error it is free again.
 
     Returns:
         What all ranks are told; the ledger, which rank 0 keeps; facts of the attempt for its event.
@@ -59,14 +60,19 @@ def open_run(
     directory.prepare()
     directory.acquire(flag)
     try:
-        return _open(config, inputs, directory, list(allow_change), say)
+        return _open(config, inputs, directory, machine, list(allow_change), say)
     except BaseException:
         directory.release()
         raise
 
 
 def _open(
-    config: Config, inputs: Inputs, directory: RunDir, allow_change: list[str], say: Callable[[str], None]
+    config: Config,
+    inputs: Inputs,
+    directory: RunDir,
+    machine: Mapping[str, Any],
+    allow_change: list[str],
+    say: Callable[[str], None],
 ) -> tuple[Opened, Ledger, dict[str, Any]]:
     path = directory.path
     identity = json.loads(json.dumps(config.identity(inputs.fingerprints(), inputs.tokenizer.fingerprint)))
@@ -94,7 +100,7 @@ def _open(
     if verdict := ledger.verdict(inputs.num_documents, config.data.max_bad_fraction):
         raise UserError(verdict + "\nMend the data, or raise data.max_bad_fraction to go on without these documents.")
     if not finished:
-        _describe(config, inputs, directory, changed, say)
+        _describe(config, inputs, directory, machine, changed, say)
         directory.status("running", 0 if reader is None else reader.step)
         # After the status: a start that dies between them still sees what --allow_change changed.
         directory.record_identity(identity, config.guarded())
@@ -133,13 +139,14 @@ def _describe(
     config: Config,
     inputs: Inputs,
     directory: RunDir,
+    machine: Mapping[str, Any],
     changed: dict[str, list[Any]],
     say: Callable[[str], None],
 ) -> None:
     """Write down what the attempt is made from, so that the directory alone tells it."""
     path = directory.path
     write_config(config, path / "config.yaml")
-    write_json(path / "env.json", environment())
+    write_json(path / "env.json", {**environment(), **machine})
     inputs.bert_config.save_pretrained(path / "model")
     inputs.pretrained_tokenizer.save_pretrained(path / "tokenizer")
     if directory.died is not None:

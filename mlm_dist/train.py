@@ -53,7 +53,7 @@ from mlm_dist.model.head import Head, MaskedLM
 from mlm_dist.opening import opening_lines
 from mlm_dist.peers import Peers
 from mlm_dist.plan_job import Job
-from mlm_dist.provenance import provenance
+from mlm_dist.provenance import machine, provenance
 from mlm_dist.redact import redact
 from mlm_dist.samples import Sampler
 from mlm_dist.schedule import lr_factor
@@ -109,8 +109,9 @@ class Run:
         opened: Opened | str = ""
         if self.is_first:
             try:
+                devices = machine(self.topology.device, self.topology.world_size)
                 opened, self.ledger, self.attempt_facts = open_run(
-                    self.config, self.inputs, self.dir, self.flag, self.allow_change, self.console.say
+                    self.config, self.inputs, self.dir, self.flag, devices, self.allow_change, self.console.say
                 )
             except (UserError, OSError) as error:  # the others must hear of it, or they would wait
                 prefix = "" if isinstance(error, UserError) else f"run.dir: {str(self.dir.path)!r} cannot be used: "

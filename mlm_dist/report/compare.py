@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_dist.report.run import Record, Run, number, series, spans
-from mlm_dist.report.style import COLOURS, MUTED, count_steps, few_markers, picture, smoothed, title
-from mlm_dist.report.words import short
+from mlm_dist.report.run import Record, Run, number, placed, series, spans
+from mlm_dist.report.style import COLOURS, count_steps, few_markers, nothing, picture, smoothed, title
+from mlm_dist.report.words import plural, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,13 +22,13 @@ def names(runs: Sequence[Run], paths: Sequence[Path]) -> list[str]:
 
 
 def timed(run: Run) -> list[Record]:
-    """The run's records with ``minutes``: training time up to each step, without pauses between attempts and steps taken again."""
-    seconds, at = 0.0, {}
+    """The run's records with ``tokens`` and ``minutes``: training time up to each step, without pauses between attempts and steps taken again."""
+    seconds, at = 0.0, dict[int, float]()
     for span in spans(run):
         seconds += span.seconds * (1 - span.repeated / span.steps)
         at[span.record["step"]] = seconds / 60
-    tokens = {r["step"]: r.get("tokens") for r in run.train}
-    return [{**r, "minutes": at.get(r["step"]), "tokens": tokens.get(r["step"])} for r in (*run.train, *run.val)]
+    tokens = {r["step"]: t for r in run.train if (t := number(r.get("tokens"))) is not None}
+    return placed(placed([*run.train, *run.val], "minutes", at), "tokens", tokens)
 
 
 def draw_comparison(runs: Sequence[Run], labels: Sequence[str], path: Path) -> None:
@@ -65,8 +65,7 @@ def _handles(count: int) -> "list[Line2D]":
 
 def _draw_losses(axes: "Axes", runs: Sequence[Run], by: str, name: str, kind: str | None) -> None:
     """``kind`` None: of each run the validation, where it has any, else the training loss."""
-    title(axes, name)
-    drawn = False
+    missing = 0
     records_of = [timed(run) for run in runs]
     longest = max((x for records in records_of for x in series(records, "loss", "minutes")[0]), default=0.0)
     unit, scale = ("hours", 60) if by == "minutes" and longest > 180 else ("minutes", 1)
@@ -74,15 +73,16 @@ def _draw_losses(axes: "Axes", runs: Sequence[Run], by: str, name: str, kind: st
         shown = kind or ("val" if any(number(r.get("loss")) is not None for r in run.val) else "train")
         xs, ys = series([r for r in records if r["kind"] == shown], "loss", by)
         if not xs:
+            missing += 1
             continue
-        drawn, xs = True, [x / scale for x in xs]
+        xs = [x / scale for x in xs]
         if shown == "val":
             axes.plot(xs, ys, linewidth=1.5, markersize=3.5, **few_markers(len(xs)), **_look(i))
         else:
             axes.plot(*smoothed(xs, ys), linewidth=1.4, **_look(i))
-    if not drawn:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
-        axes.set_yticks([])
+    title(axes, name, f"{plural(missing, 'run')} not recorded" if 0 < missing < len(runs) else "")
+    if missing == len(runs):
+        nothing(axes)
     axes.set_xlabel({"step": "step", "tokens": "useful tokens", "minutes": f"{unit} of steps that count"}[by])
     if by != "minutes":
         count_steps(axes, 4 if kind is None else 6)

@@ -26,9 +26,9 @@ def headline(run: Run) -> str:
     """One line of what matters most."""
     found = dict(facts(run))
     words = {
-        "Steps": "{} steps",
+        "Steps": "{} steps" if found["Steps"] != "1" else "{} step",
         "Useful tokens": "{} tokens",
-        "Ranks": "{} ranks",
+        "Ranks": "{} ranks" if found.get("Ranks") != "1" else "{} rank",
         "Best validation loss": "best validation loss {}",
     }
     parts = [form.format(found[key]) for key, form in words.items() if key in found]
@@ -37,10 +37,14 @@ def headline(run: Run) -> str:
     return "   ·   ".join(parts)
 
 
+def scored(run: Run) -> list[Record]:
+    """The validations that have a loss."""
+    return [r for r in run.val if number(r.get("loss")) is not None]
+
+
 def best(run: Run) -> Record | None:
     """The validation with the lowest loss."""
-    scored = [r for r in run.val if number(r.get("loss")) is not None]
-    return min(scored, key=lambda r: float(r["loss"])) if scored else None
+    return min(scored(run), key=lambda r: float(r["loss"]), default=None)
 
 
 def facts(run: Run) -> Rows:
@@ -226,7 +230,9 @@ def data(run: Run) -> Rows:
         shares[whole(e.get("source")) or 0, whole(e.get("epoch")) or 0] += whole(e.get("documents")) or 0
     sizes = start.get("documents", [])
     worst = [
-        (n / sizes[s], n, sizes[s], epoch) for (s, epoch), n in shares.items() if s < len(sizes) and whole(sizes[s])
+        (n / sizes[s], n, sizes[s], epoch)
+        for (s, epoch), n in shares.items()
+        if 0 <= s < len(sizes) and whole(sizes[s])
     ]
     if worst and allowed is not None:
         share, n, of, epoch = max(worst)
@@ -243,6 +249,11 @@ def data(run: Run) -> Rows:
     return out
 
 
+def _at_steps(events: Sequence[Record]) -> str:
+    steps = [s for e in events if (s := whole(e.get("step"))) is not None]
+    return "" if not steps else f"{min(steps):,}" + (f" to {max(steps):,}" if max(steps) > min(steps) else "")
+
+
 def losses(run: Run) -> list[list[str]]:
     """Lost documents by shard and cause, the largest first: shard, cause, places, documents, steps."""
     groups: dict[tuple[str, str], list[Record]] = {}
@@ -250,9 +261,7 @@ def losses(run: Run) -> list[list[str]]:
         groups.setdefault((str(e.get("shard")), str(e.get("cause"))), []).append(e)
     rows = []
     for (shard, cause), found in groups.items():
-        steps = [s for e in found if (s := whole(e.get("step"))) is not None]
-        span = "" if not steps else f"{min(steps):,}" + (f" to {max(steps):,}" if max(steps) > min(steps) else "")
-        rows.append((sum(whole(e.get("documents")) or 0 for e in found), shard, cause, len(found), span))
+        rows.append((sum(whole(e.get("documents")) or 0 for e in found), shard, cause, len(found), _at_steps(found)))
     rows.sort(key=lambda r: (-r[0], r[1:]))
     return [
         [shard, _one_line(cause), f"{places:,}", f"{n:,}", span] for n, shard, cause, places, span in rows[:MOST_LOSSES]
@@ -264,12 +273,7 @@ def kinds(run: Run) -> list[list[str]]:
     found: dict[str, list[Record]] = {}
     for event in run.events:
         found.setdefault(event["kind"], []).append(event)
-    rows = []
-    for kind, events in found.items():
-        steps = [s for e in events if (s := whole(e.get("step"))) is not None]
-        span = "" if not steps else f"{min(steps):,}" + (f" to {max(steps):,}" if max(steps) > min(steps) else "")
-        rows.append([kind, meaning(kind), f"{len(events):,}", span])
-    return rows
+    return [[kind, meaning(kind), f"{len(events):,}", _at_steps(events)] for kind, events in found.items()]
 
 
 def events(run: Run) -> tuple[list[list[str]], int]:

@@ -25,7 +25,7 @@ td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 pre { background: #f6f8fa; padding: 1rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .5rem; }
 .state { display: inline-block; border-radius: 4px; padding: 0 .5rem; color: #fff; background: #5b6672; }
-.finished { background: #00795a; } .failed { background: #b54a00; } .running { background: #1f6f9f; }
+.finished { background: #00795a; } .failed, .died, .hung { background: #b54a00; } .running { background: #1f6f9f; }
 .preempted, .cancelled { background: #8a6100; }
 @media (max-width: 600px) { body { margin: 1rem auto; font-size: 14px; } th, td { padding-right: .7rem; } .wide img { min-width: 48rem; } }
 @media print { body { max-width: none; margin: 0; font-size: 11px; } img, tr { break-inside: avoid; } h2 { break-after: avoid; } .wide { overflow: visible; }
@@ -121,8 +121,8 @@ def _predictions(run: Run) -> str:
         return ""
     last = run.predictions[-1]
     rows = []
-    for row in [r for r in last["rows"] if isinstance(r, dict)][:40]:
-        guesses = [g for g in row.get("predictions") or [] if isinstance(g, list) and len(g) == 2]
+    for row in last["rows"][:40]:
+        guesses = [g for g in row.get("predictions", []) if isinstance(g, list) and len(g) == 2]
         shown = ", ".join(f"{token} {p:.0%}" for token, value in guesses if (p := number(value)) is not None)
         rows.append([str(row.get("text", "")), str(row.get("truth", "")), shown])
     title = f"Masked tokens and what the model gave for them at step {last.get('step', '')}"
@@ -151,8 +151,8 @@ def _config(run: Run) -> str:
 
 
 def _damaged(run: Run) -> str:
-    told = [f"{plural(count, 'line')} of {name}" for name, count in run.damaged.items()]
-    return f"<p>Not readable, and left out here: {html.escape(' and '.join(told))}.</p>" if told else ""
+    told = [f"{plural(n, 'line' if name.endswith('.jsonl') else 'part')} of {name}" for name, n in run.damaged.items()]
+    return f"<p>Not readable, and left out here: {html.escape(', '.join(told))}.</p>" if told else ""
 
 
 def _events(run: Run) -> str:

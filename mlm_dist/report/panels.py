@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_dist.report.run import Run, Span, Stall, number, series, spans, stalls
+from mlm_dist.report.run import Run, Span, Stall, number, placed, series, spans, stalls
 from mlm_dist.report.style import (
     COLOURS,
     MUTED,
@@ -14,6 +14,7 @@ from mlm_dist.report.style import (
     count_steps,
     draw_noisy,
     few_markers,
+    nothing,
     picture,
     thin,
     title,
@@ -41,7 +42,8 @@ def draw_training(run: Run, path: Path) -> bool:
     """Late loss by tokens, gradient norm and loss scale into a PNG; False, and none, where nothing of it was recorded."""
     from matplotlib.ticker import FuncFormatter
 
-    has_scale = bool(series(run.train, "loss_scale")[1])
+    scales = [(s, v) for s, v in zip(*series(run.train, "loss_scale"), strict=True) if v > 0]  # the axis is logarithmic
+    has_scale = bool(scales)
     has_norm = bool(series(run.train, "grad_norm")[1])
     late = _late(run)
     if not (has_norm or late):
@@ -55,7 +57,7 @@ def draw_training(run: Run, path: Path) -> bool:
         _draw_norm(norm, run)
         if has_scale:
             scale = figure.add_subplot(grid[1, 1], sharex=norm)
-            scale.step(*thin(*series(run.train, "loss_scale")), where="post", color=TRAIN, linewidth=1.4)
+            scale.step(*thin([s for s, _ in scales], [v for _, v in scales]), where="post", color=TRAIN, linewidth=1.4)
             scale.set_yscale("log", base=2)
             scale.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v < 1e6 else short(v)))
             title(scale, "Loss scale (fp16)")
@@ -66,7 +68,7 @@ def draw_training(run: Run, path: Path) -> bool:
 def _late(run: Run) -> dict[str, tuple[list[float], list[float]]]:
     """Loss by useful tokens after the first tenth of them, where the drop from the random start no longer hides the rest."""
     tokens = {r["step"]: t for r in run.train if (t := number(r.get("tokens"))) is not None}
-    val = [{**r, "tokens": tokens.get(r["step"])} for r in run.val]
+    val = placed(run.val, "tokens", tokens)
     curves = {"training": series(run.train, "loss", "tokens"), "validation": series(val, "loss", "tokens")}
     last = max((xs[-1] for xs, _ in curves.values() if xs), default=0.0)
     out = {}
@@ -89,7 +91,7 @@ def _draw_late(axes: "Axes", curves: dict[str, tuple[list[float], list[float]]])
     if curves:
         axes.legend(loc="upper right")
     else:
-        _nothing(axes)
+        nothing(axes)
     count_steps(axes, 6)
     axes.set_xlabel("useful tokens")
 
@@ -102,27 +104,23 @@ def _draw_norm(axes: "Axes", run: Run) -> None:
     axes.set_xlabel("step")
     positive = [(s, v) for s, v in zip(steps, values, strict=True) if v > 0]
     if not positive:
-        _nothing(axes)
+        nothing(axes)
         return
     xs, ys = [s for s, _ in positive], [v for _, v in positive]
     draw_noisy(axes, xs, ys, width=1.6)
     count_steps(axes)
     clip = number((run.config.get("train") or {}).get("clip"))
-    if clip:
+    if clip and clip > 0:
         axes.axhline(clip, color=VAL, linewidth=1.2, linestyle=(0, (5, 3)))
         axes.annotate(f"clipped at {clip:g}", (0.995, clip), xycoords=("axes fraction", "data"), xytext=(0, 4),
                       textcoords="offset points", ha="right", color=VAL)  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if 1e-3 <= v < 1e4 else scientific(v)))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
-    low, high = min(*ys, clip or ys[0]), max(*ys, clip or ys[0])
+    shown = [*ys, clip] if clip and clip > 0 else ys
+    low, high = min(shown), max(shown)
     if high / low < 50:  # else decades are enough
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-
-
-def _nothing(axes: "Axes") -> None:
-    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
-    axes.set_yticks([])
 
 
 def draw_speed(run: Run, path: Path) -> bool:
@@ -139,14 +137,14 @@ def draw_speed(run: Run, path: Path) -> bool:
         speed = figure.add_subplot(grid[0, :])
         _draw_throughput(speed, run, stalls(found))
         parts = figure.add_subplot(grid[1, :], sharex=speed)
-        _draw_parts(parts, counted)
+        _draw_parts(parts, counted or found)
         if not more:
             parts.set_xlabel("step")
         for i, key in enumerate(more):
             axes = figure.add_subplot(grid[2, i] if len(more) == 2 else grid[2, :], sharex=speed)
             _draw_line(axes, run, key)
         first, last = found[0].after, max(s.record["step"] for s in found)
-        speed.set_xlim(0 if first <= 0.1 * last else first, last)
+        speed.set_xlim(0 if first <= 0.1 * last else first, max(last, first + 1, 1))
         count_steps(speed)
     return True
 
@@ -165,7 +163,7 @@ def _draw_throughput(axes: "Axes", run: Run, found: Sequence[Stall]) -> None:
         title(axes, "Useful tokens per second", f"median {short(middle)}")
     else:
         title(axes, "Useful tokens per second")
-        _nothing(axes)
+        nothing(axes)
     last = max((r["step"] for r in run.train), default=1)
     for stall in found:  # at least a pixel or two wide
         axes.axvspan(

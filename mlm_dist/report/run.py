@@ -1,17 +1,19 @@
 """What a run directory tells of its run. Files may be torn, damaged or from another version: what cannot be read is left out and counted."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mlm_dist.errors import UserError
-from mlm_dist.files import read_json, read_json_lines, read_yaml
+from mlm_dist.files import read_json
+from mlm_dist.lifecycle import EXIT_HUNG
 from mlm_dist.redact import redact
+from mlm_dist.report import read
+from mlm_dist.report.read import Record
+from mlm_dist.watch_command import Heart, standing
 
-Record = dict[str, Any]
 # What ends an attempt, in the colours of the time line.
 ENDS = ("finished", "running", "preempted", "cancelled", "stopped", "failed", "hung", "died")
 
@@ -50,7 +52,7 @@ class Run:
         checkpoints: (step, Unix seconds) of those kept.
         unigram_entropy: nats a token, the loss of a model that knows only how frequent each token is; None where not
             recorded.
-        damaged: lines of metrics.jsonl and events.jsonl that are none, by file.
+        damaged: lines, or parts, that are not what their file should hold, by file.
     """
 
     name: str
@@ -73,8 +75,8 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """``value`` where it is a finite number."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """``value`` where it is a number, and not too large for sums and pictures."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
     return float(value) if plain else None
 
 
@@ -85,14 +87,27 @@ def moment(record: Record) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """``value`` where it is a whole number."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """``value`` where it is a whole number that a float can hold."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else None
 
 
 def series(records: Iterable[Record], key: str, by: str = "step") -> tuple[list[float], list[float]]:
     """Values of ``by`` and of one metric, without the records that lack either."""
     kept = [(x, y) for r in records if (x := number(r.get(by))) is not None and (y := number(r.get(key))) is not None]
     return [x for x, _ in kept], [y for _, y in kept]
+
+
+def placed(records: Sequence[Record], key: str, known: Mapping[int, float]) -> list[Record]:
+    """The records with ``key``, that of their step: a quantity that grows from 0 before the first step, ``known`` at some and between them
+    interpolated; None where it is known at none.
+    """
+    import numpy as np
+
+    if not known:
+        return [{**r, key: None} for r in records]
+    steps = sorted({0, *known})
+    found = np.interp([r["step"] for r in records], steps, [known.get(step, 0.0) for step in steps])
+    return [{**r, key: float(value)} for r, value in zip(records, found, strict=True)]
 
 
 def load(run_dir: Path) -> Run:
@@ -106,20 +121,32 @@ def load(run_dir: Path) -> Run:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run writes it at its first logged step")
-    records = [
-        r for r in read_json_lines(path) if r.get("kind") in ("train", "val") and whole(r.get("step")) is not None
-    ]
+    damaged: dict[str, int] = {}
+
+    def lines(name: str) -> list[Record]:
+        found, damaged[name] = read.lines(run_dir / name)
+        return found
+
+    def whole_file(name: str) -> Record:
+        found, damaged[name] = read.whole_file(run_dir / name)
+        return found
+
+    records = [r for r in lines(path.name) if r.get("kind") in ("train", "val") and whole(r.get("step")) is not None]
     if not records:
         raise UserError(f"{path}: no step logged yet")
-    events = redact([e for e in read_json_lines(run_dir / "events.jsonl") if isinstance(e.get("kind"), str)])
-    status = redact(read_json(run_dir / "status.json") or {})
+    events = redact([e for e in lines("events.jsonl") if isinstance(e.get("kind"), str)])
+    silence = Heart(run_dir / "lock").silence()  # first: of a run that ends in between, the status tells
+    status = whole_file("status.json")
+    if status.get("state") == "running" and (code := (now := standing(status, silence)).code) is not None:
+        status |= {"state": "hung" if code == EXIT_HUNG else "died", "reason": now.state}
+    config, damaged["config.yaml"] = read.config(run_dir)
+    identity, damaged["identity.json"] = read.identity(run_dir)
     last = {(r["kind"], r["step"]): r for r in records}
     counted = sorted(last.values(), key=lambda r: r["step"])
     first: dict[int, int] = {}
     for record in counted:
         first.setdefault(whole(record.get("attempt")) or 1, record["step"])
     entropies = [v for r in [status, *counted, *events] if (v := number(r.get("unigram_entropy"))) is not None]
-    damaged = {name: _damaged(run_dir / name) for name in ("metrics.jsonl", "events.jsonl")}
     return Run(
         name=run_dir.resolve().name,
         train=[r for r in counted if r["kind"] == "train"],
@@ -130,20 +157,20 @@ def load(run_dir: Path) -> Run:
         checkpoints=_checkpoints(run_dir),
         unigram_entropy=entropies[-1] if entropies else None,
         status=status,
-        config=redact(read_yaml(run_dir / "config.yaml")),
-        model=read_json(run_dir / "model" / "config.json") or {},
-        identity=redact((read_json(run_dir / "identity.json") or {}).get("identity") or {}),
-        environment=redact(read_json(run_dir / "env.json") or {}),
+        config=config,
+        model=whole_file("model/config.json"),
+        identity=identity,
+        environment=whole_file("env.json"),
         events=events,
-        jobs=redact([j for j in read_json_lines(run_dir / "jobs.jsonl") if isinstance(j.get("event"), str)]),
-        predictions=[p for p in read_json_lines(run_dir / "predictions.jsonl") if isinstance(p.get("rows"), list)],
+        jobs=redact([j for j in lines("jobs.jsonl") if isinstance(j.get("event"), str)]),
+        predictions=[_prediction(p) for p in lines("predictions.jsonl") if isinstance(p.get("rows"), list)],
         damaged={name: count for name, count in damaged.items() if count},
     )
 
 
-def _damaged(path: Path) -> int:
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return sum(1 for line in lines if line.strip()) - sum(1 for _ in read_json_lines(path))
+def _prediction(line: Record) -> Record:
+    rows = [r for r in line["rows"] if isinstance(r, dict) and isinstance(r.get("predictions", []), list)]
+    return {**line, "rows": rows}
 
 
 def _checkpoints(run_dir: Path) -> list[tuple[int, float]]:
@@ -194,13 +221,16 @@ def _end(
         if event["kind"] == "stopped":
             requeue = event.get("requeue")
             return "stopped" if requeue is None else "preempted" if requeue else "cancelled", reason, step
-    if is_last and status.get("state") in ENDS:
-        return status["state"], str(status.get("reason") or ""), whole(status.get("step"))
-    try:
-        reason = (run_dir / "logs" / f"attempt_{attempt}.failed").read_text(errors="replace")
-    except OSError:
-        return ("died", "without a word", None) if not is_last else ("running", "", None)
-    return "failed", redact(reason), None
+    state = status.get("state") if is_last else None
+    known = state in ENDS
+    if not known or state == "died":
+        try:
+            return "failed", redact((run_dir / "logs" / f"attempt_{attempt}.failed").read_text(errors="replace")), None
+        except OSError:
+            pass
+    if known:
+        return str(state), str(status.get("reason") or ""), whole(status.get("step"))
+    return ("running", "", None) if is_last else ("died", "without a word", None)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ def title(axes: "Axes", text: str, right: str = "") -> None:
         axes.set_title(right, loc="right", fontsize=9, color=MUTED)
 
 
+def nothing(axes: "Axes") -> None:
+    """Says that there is nothing to draw."""
+    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
+    axes.set_yticks([])
+
+
 def smooth(values: Sequence[float], reach: int) -> list[float]:
     """Mean over the ``reach`` values on each side, fewer near the ends but as many on both: no lag, unlike an
     exponential average, so that training and validation compare.

@@ -5,7 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_dist.report.run import Run, series
-from mlm_dist.report.style import MUTED, TICKS, TRAIN, VAL, count_steps, draw_noisy, few_markers, picture, thin, title
+from mlm_dist.report.style import (
+    MUTED,
+    TICKS,
+    TRAIN,
+    VAL,
+    count_steps,
+    draw_noisy,
+    few_markers,
+    nothing,
+    picture,
+    thin,
+    title,
+)
 from mlm_dist.report.words import scientific, short
 
 if TYPE_CHECKING:
@@ -99,8 +111,7 @@ def _draw_panel(
     title(axes, name)
     steps, values = series(run.train, key)
     if not values:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
-        axes.set_yticks([])
+        nothing(axes)
         return
     if val or median:
         draw_noisy(axes, steps, values, width=1.6)

@@ -103,14 +103,18 @@ def _draw_steps(axes: "Axes", run: Run) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     title(axes, "Step", "times in UTC")
-    again = {(s.record.get("attempt"), s.record["step"], s.record.get("time")) for s in spans(run) if s.repeated}
+
+    def key(r: Record) -> tuple[int, int, float | None]:
+        return whole(r.get("attempt")) or 1, r["step"], moment(r)
+
+    again = {key(s.record) for s in spans(run) if s.repeated}
     by_attempt: dict[int, list[Record]] = {}
     for r in run.records:
         if r["kind"] == "train" and moment(r) is not None:
             by_attempt.setdefault(whole(r.get("attempt")) or 1, []).append(r)
     lost = None
     for records in by_attempt.values():
-        flags = [(r.get("attempt"), r["step"], r.get("time")) in again for r in records]
+        flags = [key(r) in again for r in records]
         begin = 0
         for is_lost, stretch in groupby(flags):  # of steps that count or not; each joins the one before
             end = begin + len(list(stretch))

@@ -53,7 +53,9 @@ def test_wandb_has_one_run_with_each_step_once(run: Path) -> None:
 def test_its_configuration_tells_code_data_and_hardware(run: Path) -> None:
     config = wandb_files.values(wandb_files.records("run", run / "wandb")[1].config.update)
     assert config["train"]["steps"] == STEPS and config == config | (read_json(run / "wandb" / "config.json") or {})
-    assert config["git_commit"] == (read_json(run / "env.json") or {})["commit"]
+    environment = read_json(run / "env.json") or {}
+    assert config["git_commit"] == environment["commit"]
+    assert (environment["device"], environment["devices"]) == (config["hardware"]["device"], 2)
     assert set(config["data_fingerprint"]) == {"data", "tokenizer"} and all(config["data_fingerprint"].values())
     assert config["hardware"]["ranks"] == 2 and len(config["hardware"]["hosts"]) == 1
     assert {"torch", "deepspeed", "transformers", "python"} <= config["software"].keys()

@@ -116,6 +116,7 @@ def test_the_export_is_the_checkpoint_to_the_bit_for_stock_transformers(run_dir:
     assert [p for _, p in ours] == pytest.approx([t["score"] for t in theirs], abs=1e-6)
     names = {p.name for p in directory.iterdir()}
     assert "model.safetensors" in names and not [n for n in names if n.endswith((".bin", ".pt", ".pkl"))]
+    assert names <= set(export_module.WRITES)
 
 
 def test_a_step_or_one_checkpoint_can_be_chosen(run_dir: Path, tmp_path: Path) -> None:
@@ -157,10 +158,14 @@ def test_the_callers_random_state_is_not_used_up(run_dir: Path) -> None:
 
 def test_a_later_export_replaces_an_earlier_one_and_nothing_else(run_dir: Path, tmp_path: Path) -> None:
     export(run_dir, step=10)
-    (run_dir / "export" / "stale").touch()
+    (run_dir / "export" / "model.onnx").touch()
     export(run_dir)
     assert json.loads((run_dir / "export" / "mlm_dist_export.json").read_text())["step"] == 20
-    assert not (run_dir / "export" / "stale").exists()
+    assert not (run_dir / "export" / "model.onnx").exists()
+    (run_dir / "export" / "1_Pooling").mkdir()
+    with pytest.raises(UserError, match=r"--output: .* holds '1_Pooling', which no export writes"):
+        export(run_dir, step=10)
+    assert json.loads((run_dir / "export" / "mlm_dist_export.json").read_text())["step"] == 20
     mine = tmp_path / "mine"
     mine.mkdir()
     export(run_dir, mine)  # empty: nobody's
@@ -185,6 +190,36 @@ def test_a_failed_export_leaves_the_old_one_and_no_rubbish(run_dir: Path, monkey
         export(run_dir)
     assert json.loads((run_dir / "export" / "mlm_dist_export.json").read_text())["step"] == 10
     assert not list(run_dir.glob(".export*"))
+
+
+def test_an_export_that_cannot_take_its_place_leaves_the_old_one(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(run_dir, step=10)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".new-" in self.name:
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="cannot be written"):
+        export(run_dir)
+    assert json.loads((run_dir / "export" / "mlm_dist_export.json").read_text())["step"] == 10
+    assert not list(run_dir.glob(".export*"))
+
+
+def test_a_link_stays_and_the_working_directory_is_refused(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    export(run_dir, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "disk")
+    with pytest.raises(UserError, match=r"--output: '\.' is the working directory"):
+        export(run_dir, ".")
 
 
 def test_verification_sees_one_changed_bit(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

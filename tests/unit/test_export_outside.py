@@ -20,6 +20,7 @@ from mlm_dist import export_check, export_onnx
 from mlm_dist.errors import UserError
 from mlm_dist.export import export, find, load
 from tests.unit.test_export import make_model, make_tokenizer, write_checkpoint
+from tests.unit.test_report_run import spoil
 
 
 def make_run(path: Path) -> Path:
@@ -195,6 +196,42 @@ def test_the_card_tells_data_curves_metrics_and_limits_of_that_step(directory: P
     assert modes["model.safetensors"] == modes["README.md"]
 
 
+def test_no_odd_file_of_the_run_stops_an_export(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "odd")
+    (path / "events.jsonl").unlink()
+    spoil(path)
+    text = (export(path) / "README.md").read_text()
+    assert "| Training loss | 3.0000 nats per masked token (step 20) |" in text.splitlines()
+    (path / "metrics.jsonl").unlink()
+    (path / "config.yaml").write_text("data: {sources: 3, manifest: [1]}\n")
+    assert "| Metrics | not recorded |" in (export(path) / "README.md").read_text()
+
+
+def test_the_card_tells_the_devices_and_no_directory_of_this_machine(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "alice" / "tiny")
+    (path / "env.json").write_text(json.dumps({"device": "NVIDIA H100", "devices": 4, "python": "3.11"}))
+    config = {
+        "run": {"dir": "/home/alice"},
+        "data": {
+            "manifest": None,
+            "sources": [
+                {"manifest": "/home/alice/secret/project/wiki/manifest.json"},
+                {"manifest": "file:///home/alice/m.json"},
+                {"manifest": "s3://bucket/home/m.json"},
+                {"manifest": "data/alike/m.json"},
+            ],
+            "tokenizer": "~alice/tokenizer",
+        },
+        "deepspeed": {"config": "--x=/scratch/alice/jobs/zero.json, /tmp/alice/y"},
+    }
+    (path / "config.yaml").write_text(json.dumps(config))
+    text = (export(path) / "README.md").read_text()
+    assert "| Devices | 4 x NVIDIA H100 |" in text and "| Python | 3.11 |" in text
+    shown = "`…/wiki/manifest.json`, `…/m.json`, `s3://bucket/home/m.json`, `data/alike/m.json`"
+    assert f"| Data | {shown} |" in text and "…/jobs/zero.json" in text and "tokenizer: …/tokenizer" in text
+    assert not [hidden for hidden in ("/home/alice", "alice/", "secret", str(tmp_path)) if hidden in text]
+
+
 # The hub: huggingface_hub's own client, with a server of this machine instead of huggingface.co.
 
 
@@ -226,7 +263,7 @@ class _Answers(BaseHTTPRequestHandler):
         hub, url = self.server, f"{self.server.url}/me/tiny"
         lines = [json.loads(line) for line in body.splitlines()]
         hub.requests.append((self.path, lines, self.headers.get("Authorization", "")))
-        reply: dict[str, Any] = {}
+        reply: Any = {}
         if self.path == "/api/whoami-v2":
             reply = {"name": "me", "type": "user", "auth": {}}
         elif self.path == "/api/repos/create":
@@ -237,8 +274,12 @@ class _Answers(BaseHTTPRequestHandler):
                     {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]
                 ]
             }
+        elif self.path.startswith("/api/models/me/tiny/tree/"):
+            reply = [{"type": "file", "path": p, "size": len(b), "oid": "0"} for p, b in hub.files.items()]
         elif self.path.startswith("/api/models/me/tiny/commit/"):
             for line in lines:
+                if line["key"] == "deletedFile":
+                    del hub.files[line["value"]["path"]]
                 if line["key"] == "file":
                     hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "header":
@@ -277,8 +318,11 @@ def test_an_export_goes_to_the_hub_as_it_was_verified(
     run_dir: Path, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+    stale = ("model.onnx", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    others = {".gitattributes": b"*.onnx", "LICENSE": b"MIT", "onnx/model.onnx": b"mine"}
+    hub.files = {**others, **dict.fromkeys(stale, b"of an earlier export")}
     assert command(str(run_dir), "--output", str(out), "--push-to-hub", "me/tiny", "--private") == 0
-    assert hub.files == {p.name: p.read_bytes() for p in out.iterdir()} and "model.safetensors" in hub.files
+    assert hub.files == others | {p.name: p.read_bytes() for p in out.iterdir()} and "model.safetensors" in hub.files
     assert hub.message == "Step 20 of tiny"
     assert {token for path, _, token in hub.requests if "/me/tiny/" in path or "repos" in path} == {"Bearer hf_secret"}
     ((_, (wanted,), _),) = [r for r in hub.requests if r[0] == "/api/repos/create"]
@@ -307,3 +351,48 @@ def test_the_hub_is_asked_before_anything_is_made(
     with pytest.raises(UserError, match="--private: is for --push-to-hub"):
         command(str(run_dir), "--private")
     assert not out.exists() and [path for path, _, _ in hub.requests] == ["/api/whoami-v2"]
+
+
+@pytest.mark.parametrize("token", ["hf_one\nhf_two", "hf_one two", "hf_\u00e9t\u00e9", "hf_\x7f"])
+def test_a_token_that_can_be_none_is_refused_and_not_shown(
+    run_dir: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=r"HF_TOKEN: must be printable ASCII") as caught:
+        command(str(run_dir), "--push-to-hub", "me/tiny")
+    assert "hf_" not in str(caught.value) and not hub.requests
+
+
+def test_an_error_that_holds_the_token_is_told_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlm_dist.export_hub import Hub
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def fail(_: Any) -> None:
+        raise OSError("no route for Bearer hf_secret")
+
+    with pytest.raises(UserError, match=r"no route for Bearer \*\*\*"):
+        Hub("me/tiny")._asking(fail)
+
+
+def test_rounding_leaves_the_rotary_frequencies_as_whoever_loads_the_export_computes_them(tmp_path: Path) -> None:
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    config = ModernBertConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = ModernBertForMaskedLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    path = tmp_path / "modern"
+    (path / "checkpoints").mkdir(parents=True)
+    config.save_pretrained(path / "model")
+    make_tokenizer().save_pretrained(path / "tokenizer")
+    write_checkpoint(path, model, 1)
+    lines: list[str] = []
+    export(path, dtype="bf16", say=lines.append)
+    assert lines[0].startswith("transformers: logits within 0.0e+00")

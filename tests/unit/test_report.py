@@ -121,8 +121,18 @@ def test_the_page_needs_no_other_file_and_shows_hostile_text_as_text(tmp_path: P
         [{"kind": "train", "step": 1, "loss": None, "skipped": True}],
         [{"kind": "train", "step": n, "loss": 3.0, "lr": 0.0, "tokens_per_s": 0.0} for n in range(5)],
         [step(n, attempt=n) for n in range(1, 9)],
+        [step(n, loss_scale=0.0, grad_norm=0.0, step_time=1.0) for n in (1, 2)],
+        [step(0, step_time=1.0)],
     ],
-    ids=["one step", "one validation", "only a skipped step", "constants", "a restart at each step"],
+    ids=[
+        "one step",
+        "one validation",
+        "only a skipped step",
+        "constants",
+        "a restart at each step",
+        "scale 0",
+        "step 0",
+    ],
 )
 def test_sparse_runs_draw_without_a_warning(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     import warnings
@@ -189,6 +199,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert printed[0] == tmp_path / "o" / "report.png" and printed[-1] == tmp_path / "o" / "report.html"
     assert set(printed) == set((tmp_path / "o").iterdir())
+
+
+def test_one_is_told_as_one(tmp_path: Path) -> None:
+    one = facts.headline(load(write_run(tmp_path / "one", [step(1, world_size=1)])))
+    assert "1 step " in one and one.endswith("1 rank")
+    assert "2 steps" in (two := facts.headline(load(write_run(tmp_path / "two", [step(2)])))) and "2 ranks" in two
 
 
 def test_speed_is_told_by_what_a_step_is_spent_on(tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
 """What the report makes of a run with restarts, roll-backs, losses and stalls, and of several runs; held against figures counted by hand."""
 
 import json
+import os
 import re
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlm_dist.lifecycle import started_at
 from mlm_dist.report import facts
 from mlm_dist.report.command import compare, report
+from mlm_dist.report.compare import timed
+from mlm_dist.report.panels import _late
 from mlm_dist.report.run import account, load, spans, stalls
 from mlm_dist.report.timeline import marks
 from mlm_dist.report.words import KINDS, duration
@@ -120,6 +125,7 @@ def troubled(tmp_path: Path) -> Path:
         logged,
         events__jsonl="".join(json.dumps(e) + "\n" for e in told),
         status__json={"state": "running", "step": 80, "attempt": 4},
+        lock={"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())},
         config__yaml="data: {max_bad_fraction: 0.02, seq_len: 64}\noptim: {lr: 0.001}\n",
     )
 
@@ -218,9 +224,9 @@ def test_damaged_and_odd_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     (run_dir / "config.yaml").write_text("a: [")
     run = load(run_dir)
     assert [r["step"] for r in run.train] == [10, 20, 30, 31]
-    assert run.damaged == {"metrics.jsonl": 3, "events.jsonl": 1}
+    assert run.damaged == {"metrics.jsonl": 3, "events.jsonl": 1, "status.json": 1, "config.yaml": 1}
     text = report(run_dir)[-1].read_text()
-    assert "Not readable, and left out here: 3 lines of metrics.jsonl and 1 line of events.jsonl." in text
+    assert "Not readable, and left out here: 3 lines of metrics.jsonl, 1 line of events.jsonl, 1 part of " in text
 
 
 def test_a_long_run_with_many_events_gives_a_page_of_bounded_size(tmp_path: Path) -> None:
@@ -318,3 +324,68 @@ def test_several_runs_side_by_side(troubled: Path, tmp_path: Path) -> None:
     twin = write_run(tmp_path / "twin" / "calm", logged)
     header = Page(compare([calm, twin], tmp_path / "out")[-1]).rows[0]
     assert header == ["", str(calm), str(twin)]
+
+
+def test_a_run_that_began_anew_and_has_logged_nothing_since_is_drawn(tmp_path: Path) -> None:
+    """All its steps are to be taken again."""
+    told = [event("attempt", 1, 0, step=0), event("attempt", 2, 100, step=0)]
+    lines = "".join(json.dumps(e) + "\n" for e in told)
+    run_dir = write_run(tmp_path / "run", records(0, 30, T + 1, 1), events__jsonl=lines)
+    assert all(s.repeated == s.steps for s in spans(load(run_dir)))
+    assert "report_speed.png" in [path.name for path in report(run_dir)]
+
+
+def test_a_validation_between_logged_steps_has_its_place_by_tokens_and_time(tmp_path: Path) -> None:
+    """Logged at 10 to 40, of 2 s and 1000 tokens a step; validated at 5, 25 and 45."""
+    vals = [{"kind": "val", "step": s, "attempt": 1, "time": T + 2 * s, "loss": 4.0} for s in (5, 25, 45)]
+    start = json.dumps(event("attempt", 1, 0, step=0)) + "\n"
+    run = load(write_run(tmp_path / "run", [*records(0, 40, T, 1), *vals], events__jsonl=start))
+    placed = [r for r in timed(run) if r["kind"] == "val"]
+    assert [r["tokens"] for r in placed] == [5000, 25_000, 40_000]  # past the last logged step nothing is known
+    assert [r["minutes"] * 60 for r in placed] == pytest.approx([10, 50, 80])
+    assert [r["tokens"] for r in timed(run) if r["kind"] == "train"] == [10_000, 20_000, 30_000, 40_000]
+    assert _late(run)["validation"] == ([5000, 25_000, 40_000], [4.0, 4.0, 4.0])
+    bare = load(write_run(tmp_path / "bare", [{"kind": "train", "step": 1, "loss": 5.0}, *vals]))
+    assert [r["tokens"] for r in timed(bare)] == [r["minutes"] for r in timed(bare)] == [None] * 4
+
+
+def spoil(run_dir: Path) -> None:
+    """Files that parse and hold something else than they should."""
+    deep = "[" * 400 + "]" * 400
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 31, "attempt": [1], "time": [2], "loss": 1' + "0" * 400 + "}\n")
+        file.write('{"kind": "train", "step": 1' + "0" * 400 + "}\n" + '{"kind": "train", "step": 32, "lr": 1e308}\n')
+        file.write('{"kind": "train", "step": 33, "x": ' + deep + "}\n" + '{"a": ' * 100_000 + "\n")
+    (run_dir / "events.jsonl").mkdir()
+    (run_dir / "config.yaml").write_text("data: [1]\nmask: 3\ntrain: {clip: high}\nmodel:\n  a: " + deep)
+    (run_dir / "identity.json").write_text("[1]")
+    (run_dir / "status.json").write_text('{"state": [1], "reason": {}}')
+    (run_dir / "env.json").write_text('{"packages": 3, "host": [1]}')
+    (run_dir / "predictions.jsonl").write_text(
+        '{"rows": [{"predictions": 3}, 4, {"text": 5, "predictions": [[1, 2], 3]}]}\n'
+    )
+
+
+def test_files_of_another_shape_are_left_out_and_counted(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", records(0, 30, T, 1))
+    spoil(run_dir)
+    run = load(run_dir)
+    assert [r["step"] for r in run.train] == [10, 20, 30, 31, 32] and run.config == {"train": {"clip": "high"}}
+    assert run.damaged == {"metrics.jsonl": 2, "events.jsonl": 1, "config.yaml": 3, "identity.json": 1}
+    assert len(report(run_dir)) == 5
+    compare([run_dir, run_dir], tmp_path / "out")
+
+
+def test_a_run_whose_process_is_gone_is_not_called_running(troubled: Path) -> None:
+    (troubled / "lock").unlink()
+    run = load(troubled)
+    assert run.status["state"] == run.attempts[-1].ended == "died" and "no process holds" in run.attempts[-1].reason
+    (troubled / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 1}))
+    assert load(troubled).attempts[-1].ended == "running"
+    os.utime(troubled / "lock", (T, T))
+    run = load(troubled)
+    assert run.attempts[-1].ended == "hung" and run.attempts[-1].reason.startswith("no heartbeat for")
+    (troubled / "lock").unlink()
+    (troubled / "logs").mkdir()
+    (troubled / "logs" / "attempt_4.failed").write_text("rank 0: killed")
+    assert (load(troubled).attempts[-1].ended, load(troubled).attempts[-1].reason) == ("failed", "rank 0: killed")
