@@ -1,4 +1,4 @@
-"""The models of ``mlm-dist eval`` and ``mlm-dist probe``: found by what the user names, loaded, and asked for scores at masked places only."""
+"""The models of ``mlm-dist eval``, ``probe`` and ``fill-mask``: found by what the user names, loaded, and asked for scores at masked places only."""
 
 from __future__ import annotations
 
