@@ -29,8 +29,7 @@ def fill(
     where = (ids == tokenizer.mask_token_id).nonzero()[:, 0]
     if not len(where):
         raise UserError(f"text {text!r}: has no {tokenizer.mask_token}; put one where a word is wanted")
-    family = families.FAMILIES.get(model.config.model_type)  # a name of the hub may be of any
-    positions = family.longest(model.config) if family else model.config.max_position_embeddings
+    positions = families.longest(model.config, default=len(ids))
     if len(ids) > positions:
         raise UserError(f"text of {len(ids):,} tokens: the model reads at most {positions:,}; give a shorter one")
     was_training = model.training

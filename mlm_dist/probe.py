@@ -212,13 +212,14 @@ def measure(
     """
     from mlm_dist import probe_training
     from mlm_dist.eval_models import check_length, load_stock
+    from mlm_dist.model import families
 
     if candidate.run is None:
         encoder, tokenizer = load_stock(candidate.name, "AutoModel")
     else:
         model, tokenizer = candidate.load()
         encoder = model.base_model
-    longest = max_length or min(LENGTH, getattr(encoder.config, "max_position_embeddings", LENGTH))
+    longest = max_length or min(LENGTH, families.longest(encoder.config, LENGTH))
     row = [tokenizer.cls_token_id, *[tokenizer.unk_token_id] * (longest - 2), tokenizer.sep_token_id]
     check_length(encoder, row, flag="--max-length", name=candidate.name)
     train = encode(problem.train, problem.goals, encoder, tokenizer, longest)

@@ -17,6 +17,7 @@ from mlm_dist.probe_data import TASKS, Columns, from_dataset, read
 from mlm_dist.probe_training import Encoded, Recipe, embed, predict_frozen, predict_tuned
 from tests.berts import small_bert
 from tests.corpora import WORDS, save_tokenizer
+from tests.families import POSITIONS, save_tokenizer_for, small
 
 FIRST, SECOND = WORDS[:10], WORDS[10:20]
 CPU = torch.device("cpu")
@@ -156,6 +157,15 @@ def test_frozen_pairs_with_scores(folder: Path, tmp_path: Path) -> None:
     assert model["mean"]["pearson"] > 0.3 > found["baseline"]["pearson"] == 0.0
     for seed in model["seeds"]:
         assert seed["pearson_spearman"] == pytest.approx((seed["pearson"] + seed["spearman"]) / 2)
+
+
+def test_as_many_tokens_as_the_model_has_places_for(folder: Path, tmp_path: Path) -> None:
+    """RoBERTa's first two positions are not for tokens."""
+    path = save_tokenizer_for("roberta", tmp_path / "model")
+    small("roberta", len(AutoTokenizer.from_pretrained(path))).save_pretrained(path)
+    argv = ["probe", str(path), "--task", "sst2", "--data", str(folder / "glue"), "--frozen", "--seeds", "1"]
+    assert cli.main([*argv, "--epochs", "1", "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["models"][0]["max_length"] == POSITIONS - 2
 
 
 # ---- metrics ----
