@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         "train": problem.train.source,
         "dev": problem.dev.source,
         "examples": {"train": len(problem.train), "dev": len(problem.dev)},
+        "left_out": {"train": problem.train.left_out, "dev": problem.dev.left_out},
         "classes": problem.classes,
         "metric": problem.metric,
         "baseline": problem.baseline(),
@@ -122,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         save_json(args.json, facts)
     print_tables([table(facts)], markdown=args.markdown)
+    for line in notes(facts):
+        print(line)
     return 0
 
 
@@ -159,7 +162,8 @@ def open_problem(args: argparse.Namespace) -> Problem:
         missing = [flag for flag, path in files.items() if path is None]
         if missing:
             raise UserError(f"{missing[0]}: missing; give --train and --dev, or --data DIR with train.tsv and dev.tsv")
-        train, dev = (read(path, columns) for path in files.values() if path is not None)
+        incomplete = task is not None and task.incomplete
+        train, dev = (read(path, columns, incomplete=incomplete) for path in files.values() if path is not None)
     return _problem(train, dev, columns.label, args.metric, task.metric if task else None)
 
 
@@ -286,3 +290,12 @@ def table(facts: dict[str, Any]) -> Table:
         ["model", metric, "each seed", *others],
         rows,
     )
+
+
+def notes(facts: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know besides."""
+    return [
+        f"note: {count:,} lines of {facts[part]} lack columns and are left out"
+        for part, count in facts["left_out"].items()
+        if count
+    ]

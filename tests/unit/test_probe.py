@@ -168,6 +168,23 @@ def test_as_many_tokens_as_the_model_has_places_for(folder: Path, tmp_path: Path
     assert json.loads((tmp_path / "out.json").read_text())["models"][0]["max_length"] == POSITIONS - 2
 
 
+def test_incomplete_lines_of_qqp_are_left_out_and_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    rows = [f"{i}\t1\t2\t{text}\t{text}\t{label}" for i, (text, label) in enumerate(sentences(20, 5))]
+    short = ["20\t1\t2\tis it", "21\t1\t2\tis it\twas it"]
+    (tmp_path / "train.tsv").write_text("\n".join([header, *rows[:7], *short, *rows[7:]]) + "\n")
+    (tmp_path / "dev.tsv").write_text("\n".join([header, *rows]) + "\n")
+    argv = ["--task", "qqp", "--data", str(tmp_path), "--frozen", "--seeds", "1", "--epochs", "1"]
+    found = run(folder, tmp_path / "out.json", *argv)
+    assert found["examples"] == {"train": 20, "dev": 20} and found["left_out"] == {"train": 2, "dev": 0}
+    assert f"note: 2 lines of {tmp_path / 'train.tsv'} lack columns and are left out" in capsys.readouterr().out
+    (tmp_path / "dev.tsv").write_text("\n".join([header, rows[0] + "\t1"]) + "\n")
+    with pytest.raises(UserError, match="line 2, column 7: 7 columns, where the first line has 6"):
+        read(tmp_path / "dev.tsv", TASKS["qqp"].files, incomplete=True)
+
+
 # ---- metrics ----
 
 
