@@ -164,7 +164,9 @@ def plan(args: argparse.Namespace) -> Job:
         UserError: a model, the data or a setting is missing, or the runs disagree about a setting.
     """
     from mlm_dist.eval_models import candidates, is_run
+    from mlm_dist.eval_tables import check_json
 
+    check_json(args.json)
     for flag, value, least in (("--batch", args.batch, 1), ("--pseudo-perplexity", args.pseudo_perplexity, 0)):
         if value < least:
             raise UserError(f"{flag} {value}: must be at least {least}")
@@ -264,7 +266,7 @@ def evaluate(job: Job, group: Group, device: Device) -> list[dict[str, Any]]:
 
 
 def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> None:
-    from mlm_dist.eval_tables import as_json, notes, print_tables, save_json, tables
+    from mlm_dist.eval_tables import notes, publish, tables
 
     manifest, _ = _open(job.data, job.allow_pipe)
     facts = {
@@ -276,14 +278,7 @@ def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> 
         "precision": args.precision,
         "models": results,
     }
-    if str(args.json) == "-":
-        print(as_json(facts), end="")
-        return
-    if args.json is not None:
-        save_json(args.json, facts)
-    print_tables(tables(facts), markdown=args.markdown)
-    for line in notes(facts):
-        print(line)
+    publish(facts, tables(facts), notes(facts), path=args.json, markdown=args.markdown)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlm_dist.errors import UserError
-from mlm_dist.eval_tables import Table, print_tables, save_json
+from mlm_dist.eval_tables import Table, check_json, publish
 from mlm_dist.probe_data import TASKS, Columns, Examples, Task, as_number, from_dataset, read
 from mlm_dist.probe_metrics import METRICS, check, score
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="examples of a step (default: 32)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens that are read (default: 128, or fewer)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too (- for stdout alone)")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         args.batch,
     )
     _check_numbers(args, recipe)
+    check_json(args.json)
     problem = open_problem(args)
     models = [candidate for name in args.models for candidate in candidates(name)]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -120,11 +121,7 @@ def run(args: argparse.Namespace) -> int:
         **asdict(recipe),
         "models": results,
     }
-    if args.json is not None:
-        save_json(args.json, facts)
-    print_tables([table(facts)], markdown=args.markdown)
-    for line in notes(facts):
-        print(line)
+    publish(facts, [table(facts)], notes(facts), path=args.json, markdown=args.markdown)
     return 0
 
 

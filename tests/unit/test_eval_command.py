@@ -385,6 +385,10 @@ def test_markdown_and_json_alone(folder: Path, capsys: pytest.CaptureFixture[str
     assert cli.main([*argv, "--json", "-"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["documents"] == len(TEXTS) and facts["settings"]["seq_len"] == SEQ
+    for path in (folder / "nodir/out.json", folder):
+        assert cli.main([*argv, "--json", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert f"--json {path}: cannot be written" in said and "accuracy" not in said  # nothing was measured
     assert cli.main([*argv, "--markdown"]) == 0
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith(f"| {folder / 'one'} |"))

@@ -325,6 +325,30 @@ def test_mistakes(folder: Path, flags: list[str], message: str, capsys: pytest.C
     assert message.format(model=folder / "model") in capsys.readouterr().err
 
 
+def test_json_alone_and_nothing_learnt_for_a_file_that_cannot_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "probe",
+        str(folder / "model"),
+        "--task",
+        "sst2",
+        "--data",
+        str(folder / "glue"),
+        "--frozen",
+        "--seeds",
+        "1",
+    ]
+    argv += ["--epochs", "1", "--max-length", "32", "--json"]
+    monkeypatch.chdir(folder)
+    assert cli.main([*argv, "-"]) == 0 and not Path("-").exists()
+    assert json.loads(capsys.readouterr().out)["metric"] == "accuracy"
+    for path in ("nodir/out.json", "glue"):
+        assert cli.main([*argv, path]) == 2
+        said = capsys.readouterr().err
+        assert f"--json {path}: cannot be written" in said and "seed 0" not in said
+
+
 def test_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, glue = str(folder / "model"), folder / "glue"
     (tmp_path / "one.tsv").write_text("sentence\tlabel\na\t1\nb\t1\n")
