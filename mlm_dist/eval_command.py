@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from mlm_dist.data.archive import PIPE
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.packing import LongDocuments, Packing
+from mlm_dist.data.shard import is_url
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_yaml
 from mlm_dist.storage.store import Store
@@ -180,11 +181,7 @@ def plan(args: argparse.Namespace) -> Job:
         for candidate in candidates(name, steps=args.steps, every=every, best=args.best)
     ]
     configs = {str(c.run): read_yaml(c.run / "config.yaml") for c in models if c.run is not None}
-    data = args.data or next(
-        (found for config in configs.values() if (found := (config.get("data") or {}).get("val_manifest"))), None
-    )
-    if not data:
-        raise UserError("--data: missing, and no run among the models has a validation set (data.val_manifest)")
+    data = args.data or _validation_set(configs)
     settings = settle(args, configs)
     for name in filter(None, (data, args.frequencies)):
         manifest, store = _open(name, args.allow_pipe)
@@ -195,6 +192,19 @@ def plan(args: argparse.Namespace) -> Job:
             raise UserError(f"--text-field {args.text_field}: {data} was indexed with --field {manifest.text_field}")
         settings = replace(settings, text_field=manifest.text_field)
     return Job(models, data, args.frequencies, settings, args.pseudo_perplexity, args.batch, args.allow_pipe)
+
+
+def _validation_set(configs: dict[str, dict[str, Any]]) -> str:
+    """That of the first run that has one."""
+    for run, config in configs.items():
+        if found := (config.get("data") or {}).get("val_manifest"):
+            if not is_url(found) and not Path(found).is_file():
+                where = "" if Path(found).is_absolute() else "start in the directory that the run was started in, or "
+                raise UserError(
+                    f"--data: missing, and there is no {found}, the data.val_manifest of {run}; {where}give --data"
+                )
+            return str(found)
+    raise UserError("--data: missing, and no run among the models has a validation set (data.val_manifest)")
 
 
 def settle(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> Settings:

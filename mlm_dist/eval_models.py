@@ -65,7 +65,7 @@ def candidates(name: str, *, steps: Sequence[int] = (), every: bool = False, bes
     """What ``name`` stands for: of a run the checkpoints of ``steps``, ``every`` one, the ``best`` by validation loss, or the newest.
 
     Raises:
-        UserError: there are none such.
+        UserError: there are none such, or what one says of itself is damaged.
     """
     if not is_run(name):
         path = Path(name)
@@ -83,7 +83,10 @@ def candidates(name: str, *, steps: Sequence[int] = (), every: bool = False, bes
         sources = [export.Source(run, path) for path in checkpoint.committed(run)] or [export.find(name)]
     else:
         sources = [export.find(name, best=best)]
-    return [Candidate(name, s.run_dir, s.checkpoint, int(s.checkpoint.resolve().name.split("_")[-1])) for s in sources]
+    try:
+        return [Candidate(name, s.run_dir, s.checkpoint, checkpoint.Reader(s.checkpoint).step) for s in sources]
+    except checkpoint.CheckpointError as error:
+        raise UserError(str(error)) from error
 
 
 def load_stock(name: str, auto: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
