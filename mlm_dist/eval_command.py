@@ -30,21 +30,33 @@ TIMEOUT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
+class Source:
+    """A data set.
+
+    Attributes:
+        flag: that names it, for messages.
+        path: or URL, of the manifest.
+        settings: how it is read; the text field is the data set's own.
+    """
+
+    flag: str
+    path: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to be done, the same on all ranks.
 
     Attributes:
-        data: path or URL of the manifest.
-        frequencies: of the manifest whose words say how frequent a word is; None for the same.
+        sources: the data set, and one whose words say how frequent a word is, if it is another.
         documents: how many the pseudo-perplexity is taken of; 0 for none.
         batch: most rows that a model takes at once.
         allow_pipe: whether manifests may name commands as shards.
     """
 
     models: list[Candidate]
-    data: str
-    frequencies: str | None
-    settings: Settings
+    sources: list[Source]
     documents: int
     batch: int
     allow_pipe: bool
@@ -183,15 +195,19 @@ def plan(args: argparse.Namespace) -> Job:
     configs = {str(c.run): read_yaml(c.run / "config.yaml") for c in models if c.run is not None}
     data = args.data or _validation_set(configs)
     settings = settle(args, configs)
-    for name in filter(None, (data, args.frequencies)):
-        manifest, store = _open(name, args.allow_pipe)
-        manifest.check_files(store=store)
-    manifest, _ = _open(data, args.allow_pipe)
+    named = (("--data", data), ("--frequencies", args.frequencies))
+    sources = [_source(flag, path, settings, args) for flag, path in named if path]
+    return Job(models, sources, args.pseudo_perplexity, args.batch, args.allow_pipe)
+
+
+def _source(flag: str, path: str, settings: Settings, args: argparse.Namespace) -> Source:
+    manifest, store = _open(path, args.allow_pipe)
+    manifest.check_files(store=store)
     if manifest.text_field not in (None, settings.text_field):
-        if args.text_field is not None:
-            raise UserError(f"--text-field {args.text_field}: {data} was indexed with --field {manifest.text_field}")
+        if args.text_field is not None and flag == "--data":
+            raise UserError(f"--text-field {args.text_field}: {path} was indexed with --field {manifest.text_field}")
         settings = replace(settings, text_field=manifest.text_field)
-    return Job(models, data, args.frequencies, settings, args.pseudo_perplexity, args.batch, args.allow_pipe)
+    return Source(flag, path, settings)
 
 
 def _validation_set(configs: dict[str, dict[str, Any]]) -> str:
@@ -253,15 +269,18 @@ def evaluate(job: Job, group: Group, device: Device) -> list[dict[str, Any]]:
     from mlm_dist.eval_models import Scorer
     from mlm_dist.eval_rows import EvalData
 
-    opened = [_open(name, job.allow_pipe) for name in (job.data, job.frequencies) if name is not None]
+    opened = [(source, *_open(source.path, job.allow_pipe)) for source in job.sources]
     results = []
     texts: list[str] = []
     censuses: dict[str, Census] = {}
     for candidate in job.models:
         model, pretrained = candidate.load()
         tokenizer = tokenizers.from_pretrained(pretrained)
-        scorer = Scorer(model, tokenizer, job.settings.seq_len, candidate.name).to(device.device)
-        data, *others = (EvalData(*source, tokenizer, job.settings, job.batch) for source in opened)
+        scorer = Scorer(model, tokenizer, job.sources[0].settings.seq_len, candidate.name).to(device.device)
+        data, *others = (
+            EvalData(manifest, store, tokenizer, source.settings, job.batch, source.flag)
+            for source, manifest, store in opened
+        )
         if tokenizer.fingerprint not in censuses:
             censuses[tokenizer.fingerprint] = eval_scores.take_census(data, group, *others)
         result = eval_scores.measure(data, censuses[tokenizer.fingerprint], scorer, group, device)
@@ -278,13 +297,14 @@ def evaluate(job: Job, group: Group, device: Device) -> list[dict[str, Any]]:
 def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> None:
     from mlm_dist.eval_tables import notes, publish, tables
 
-    manifest, _ = _open(job.data, job.allow_pipe)
+    data = job.sources[0]
+    manifest, _ = _open(data.path, job.allow_pipe)
     facts = {
-        "data": job.data,
+        "data": data.path,
         "fingerprint": manifest.fingerprint,
         "documents": manifest.num_documents,
-        "frequencies": job.frequencies or job.data,
-        "settings": asdict(job.settings),
+        "frequencies": job.sources[-1].path,
+        "settings": asdict(data.settings),
         "precision": args.precision,
         "models": results,
     }

@@ -159,6 +159,10 @@ def notes(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"note: {lost:,} of {facts['documents']:,} documents cannot be read; the numbers are of the others"
         )
+    if lost := max(m["lost_frequencies"] for m in facts["models"]):
+        lines.append(
+            f"note: {lost:,} documents of {facts['frequencies']} cannot be read; how frequent words are is of the others"
+        )
     if not any(m["selected"] for m in facts["models"]):
         lines.append("note: the data set holds no text to predict; nothing is measured")
     if len({m["tokenizer"] for m in facts["models"]}) > 1:

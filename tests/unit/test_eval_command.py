@@ -22,6 +22,7 @@ from mlm_dist import cli, eval_pseudo, eval_words
 from mlm_dist.data.block import BlockMaker
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
+from mlm_dist.data.members import TokenIds
 from mlm_dist.data.stream import DataConfig, open_stream
 from mlm_dist.data.tokenizer import from_pretrained, load
 from mlm_dist.errors import UserError
@@ -222,6 +223,32 @@ def test_frequencies_of_another_data_set(folder: Path, both: list[dict[str, Any]
             pytest.approx(both[0]["loss"], rel=1e-12),
         )
     )
+
+
+def test_frequencies_are_read_by_their_own_field(
+    folder: Path, both: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_corpus(tmp_path / "corpus", TEXTS, field="body")
+    manifest = Manifest.read(path)
+    argv = ["eval", str(folder / "one"), "--data", str(folder / "corpus/manifest.json"), "--seq-len", str(SEQ)]
+    argv += ["--batch", "3", "--frequencies", str(path), "--json", str(tmp_path / "out.json")]
+    assert cli.main(argv) == 2  # nothing says which field
+    said = capsys.readouterr().err
+    assert f"--frequencies: none of its {len(TEXTS)} documents can be read" in said and "'text'" in said
+    shard, info = manifest.shards[0], {"tool": "mlm-dist index", "options": {"field": "body"}}
+    Manifest(manifest.root, manifest.shards, info).write(path)
+    assert cli.main(argv) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["models"][0]["by_frequency"] == both[0]["by_frequency"]
+    assert "note:" not in capsys.readouterr().out
+    with manifest.shard_path(0).open("r+b") as file:
+        file.seek(int(shard.offsets[2]) + 600)
+        file.write(b"\xff\xff")
+    assert cli.main(argv) == 0
+    assert f"note: {shard.documents[2]} documents of {path} cannot be read" in capsys.readouterr().out
+    ids = TokenIds("0" * 64, 100, 3, (0, 2, 4))
+    Manifest(manifest.root, manifest.shards, info, token_ids=ids).write(path)
+    assert cli.main(argv) == 2
+    assert "--frequencies: the manifest holds token ids of a tokenizer with the finger" in capsys.readouterr().err
 
 
 def test_equally_frequent_words_share_a_bin() -> None:
