@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -18,8 +19,8 @@ from mlm_dist.files import read_yaml
 from mlm_dist.storage.store import Store
 
 if TYPE_CHECKING:
-    from mlm_dist.eval_models import Candidate
-    from mlm_dist.eval_rows import Settings
+    from mlm_dist.eval_models import Candidate, Scorer
+    from mlm_dist.eval_rows import EvalData, Settings
     from mlm_dist.eval_scores import Census, Device, Group
 
 T = TypeVar("T")
@@ -124,9 +125,11 @@ def run(args: argparse.Namespace) -> int:
     """``mlm-dist eval``."""
     group, device = join(args.device, args.precision)
     job = agreed(group, lambda: plan(args))
-    results = evaluate(job, group, device)
-    if group.rank == 0:
+    results, mistake = evaluate(job, group, device)
+    if group.rank == 0 and results:
         _show(args, job, results)
+    if mistake is not None:
+        raise mistake
     return 0
 
 
@@ -170,6 +173,26 @@ def agreed(group: Group, make: Callable[[], T]) -> T:
     return result
 
 
+def together(group: Group, make: Callable[[], T]) -> T:
+    """What each rank makes for itself. Collective.
+
+    Raises:
+        UserError: on every rank, as ``make`` does on one of them.
+    """
+    made: Any = None
+    mistake = None
+    try:
+        made = make()
+    except UserError as error:
+        mistake = str(error)
+    mistakes = group.gather(mistake)
+    first = group.broadcast(None if mistakes is None else next(filter(None, mistakes), None))
+    if first is not None:
+        raise UserError(first)
+    result: T = made
+    return result
+
+
 def plan(args: argparse.Namespace) -> Job:
     """The job that the arguments ask for.
 
@@ -192,6 +215,8 @@ def plan(args: argparse.Namespace) -> Job:
         for name in args.models
         for candidate in candidates(name, steps=args.steps, every=every, best=args.best)
     ]
+    for model in models:
+        model.look()
     configs = {str(c.run): read_yaml(c.run / "config.yaml") for c in models if c.run is not None}
     data = args.data or _validation_set(configs)
     settings = settle(args, configs)
@@ -258,40 +283,46 @@ def _open(data: str, allow_pipe: bool) -> tuple[Manifest, Store]:
     return manifest, Store(manifest.root, allow_pipe=allow_pipe)
 
 
-def evaluate(job: Job, group: Group, device: Device) -> list[dict[str, Any]]:
-    """The numbers of each model of the job, on rank 0. Collective.
-
-    Raises:
-        UserError: a model cannot be loaded or does not fit the data.
-    """
+def evaluate(job: Job, group: Group, device: Device) -> tuple[list[dict[str, Any]], UserError | None]:
+    """The numbers of the job's models, on rank 0, and what is wrong with the first that has none, after which no other is tried. Collective."""
     from mlm_dist import eval_pseudo, eval_scores
+
+    results: list[dict[str, Any]] = []
+    texts: list[str] = []
+    censuses: dict[str, Census] = {}
+    for candidate in job.models:
+        try:
+            scorer, data, *others = together(group, partial(_prepare, job, candidate, device))
+            fingerprint = data.tokenizer.fingerprint
+            if job.documents and not texts:
+                texts = eval_pseudo.choose(data.maker, job.documents, group)
+            if fingerprint not in censuses:
+                censuses[fingerprint] = eval_scores.take_census(data, group, *others)
+            result = eval_scores.measure(data, censuses[fingerprint], scorer, group, device)
+            if job.documents:
+                result["pseudo"] = eval_pseudo.measure(data, texts, scorer, group, device)
+        except UserError as error:
+            return results, error
+        if group.rank == 0 and result["loss"] is not None:
+            print(f"{candidate.label}: loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}", file=sys.stderr)
+        facts = {"model": candidate.name, "step": candidate.step, "label": candidate.label}
+        results.append({**facts, "tokenizer": fingerprint, **result})
+    return results, None
+
+
+def _prepare(job: Job, candidate: Candidate, device: Device) -> tuple[Scorer, EvalData, *tuple[EvalData, ...]]:
+    """The model, and the sources as it reads them."""
     from mlm_dist.data import tokenizer as tokenizers
     from mlm_dist.eval_models import Scorer
     from mlm_dist.eval_rows import EvalData
 
-    opened = [(source, *_open(source.path, job.allow_pipe)) for source in job.sources]
-    results = []
-    texts: list[str] = []
-    censuses: dict[str, Census] = {}
-    for candidate in job.models:
-        model, pretrained = candidate.load()
-        tokenizer = tokenizers.from_pretrained(pretrained)
-        scorer = Scorer(model, tokenizer, job.sources[0].settings.seq_len, candidate.name).to(device.device)
-        data, *others = (
-            EvalData(manifest, store, tokenizer, source.settings, job.batch, source.flag)
-            for source, manifest, store in opened
-        )
-        if tokenizer.fingerprint not in censuses:
-            censuses[tokenizer.fingerprint] = eval_scores.take_census(data, group, *others)
-        result = eval_scores.measure(data, censuses[tokenizer.fingerprint], scorer, group, device)
-        if job.documents:
-            texts = texts or eval_pseudo.choose(data.maker, job.documents, group)
-            result["pseudo"] = eval_pseudo.measure(data, texts, scorer, group, device)
-        if group.rank == 0 and result["loss"] is not None:
-            print(f"{candidate.label}: loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}", file=sys.stderr)
-        facts = {"model": candidate.name, "step": candidate.step, "label": candidate.label}
-        results.append({**facts, "tokenizer": tokenizer.fingerprint, **result})
-    return results
+    model, pretrained = candidate.load()
+    tokenizer = tokenizers.from_pretrained(pretrained)
+    scorer = Scorer(model, tokenizer, job.sources[0].settings.seq_len, candidate.name).to(device.device)
+    data, *others = (
+        EvalData(*_open(s.path, job.allow_pipe), tokenizer, s.settings, job.batch, s.flag) for s in job.sources
+    )
+    return scorer, data, *others
 
 
 def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> None:

@@ -108,7 +108,16 @@ def run(args: argparse.Namespace) -> int:
     models = [candidate for name in args.models for candidate in candidates(name)]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     how = {"frozen": args.frozen, "seeds": args.seeds, "max_length": args.max_length}
-    results = [measure(model, problem, recipe, device, **how) for model in models]
+    results: list[dict[str, Any]] = []
+    mistake = None
+    for model in models:
+        model.look()
+    for model in models:
+        try:
+            results.append(measure(model, problem, recipe, device, **how))
+        except UserError as error:
+            mistake = error
+            break
     facts = {
         "train": problem.train.source,
         "dev": problem.dev.source,
@@ -121,7 +130,10 @@ def run(args: argparse.Namespace) -> int:
         **asdict(recipe),
         "models": results,
     }
-    publish(facts, [table(facts)], notes(facts), path=args.json, markdown=args.markdown)
+    if results:
+        publish(facts, [table(facts)], notes(facts), path=args.json, markdown=args.markdown)
+    if mistake is not None:
+        raise mistake
     return 0
 
 

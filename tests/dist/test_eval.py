@@ -125,6 +125,17 @@ def test_a_checkpoint_by_another_name(run: Path, alone: dict[str, Any], tmp_path
     assert (found["step"], found["loss"]) == (6, alone["models"][1]["loss"])
 
 
+def test_the_last_of_all_checkpoints_is_damaged(
+    run: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    next((copy / "checkpoints" / checkpoint.name(9)).glob("part-*")).write_bytes(b"damaged")
+    code, stderr = start(2, tmp_path / "out.json", str(copy), *MANY_PARTS)
+    assert code == 2 and checkpoint.name(9) in stderr
+    found = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert [(m["step"], m["loss"]) for m in found] == [(m["step"], m["loss"]) for m in alone["models"][:2]]
+
+
 def test_a_validation_set_that_is_elsewhere(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mlm_dist import cli, eval_pseudo, eval_words
+from mlm_dist import cli, eval_pseudo, eval_scores, eval_words
 from mlm_dist.data.block import BlockMaker
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
@@ -468,6 +469,40 @@ def test_models_that_are_none(folder: Path, tmp_path: Path, capsys: pytest.Captu
         argv = ["eval", str(tmp_path / name), "--data", str(folder / "corpus/manifest.json"), "--seq-len", "24"]
         assert cli.main(argv) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_every_model_is_looked_at_before_one_is_measured(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(folder / "two", tmp_path / "other")
+    (other / name).write_text("{")
+    argv = ["eval", str(folder / "one"), str(other), "--data", str(folder / "corpus/manifest.json")]
+    assert cli.main([*argv, "--seq-len", "24"]) == 2
+    said = capsys.readouterr().err
+    assert f"{other}" in said and "be loaded" in said and "accuracy" not in said
+
+
+def test_a_later_model_that_fails_leaves_the_numbers_of_the_others(
+    folder: Path, both: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = shutil.copytree(folder / "two", tmp_path / "other"), tmp_path / "out.json"
+    (other / "model.safetensors").write_bytes(b"{")
+    argv = ["eval", str(folder / "one"), str(other), "--data", str(folder / "corpus/manifest.json"), "--batch", "3"]
+    assert cli.main([*argv, "--seq-len", str(SEQ), "--json", str(out)]) == 2
+    said = capsys.readouterr()
+    assert f"{other}: cannot be loaded by AutoModelForMaskedLM" in said.err and "unigram entropy" in said.out
+    assert [m["loss"] for m in json.loads(out.read_text())["models"]] == [both[0]["loss"]]
+
+
+def test_no_text_for_pseudo_perplexity_is_seen_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(BlockMaker, "texts", lambda *_: [])  # as of a data set of token ids
+    monkeypatch.setattr(eval_scores, "measure", lambda *_: pytest.fail("measured for nothing"))
+    argv = ["eval", str(folder / "one"), "--data", str(folder / "corpus/manifest.json"), "--seq-len", "24"]
+    assert cli.main([*argv, "--pseudo-perplexity"]) == 2
+    assert "--pseudo-perplexity: the data set holds no text" in capsys.readouterr().err
 
 
 def test_data_that_is_not_there(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

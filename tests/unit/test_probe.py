@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,20 @@ def test_json_alone_and_nothing_learnt_for_a_file_that_cannot_be(
         assert cli.main([*argv, path]) == 2
         said = capsys.readouterr().err
         assert f"--json {path}: cannot be written" in said and "seed 0" not in said
+
+
+def test_a_later_model_that_fails(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(folder / "model", tmp_path / "other")
+    (other / "model.safetensors").write_bytes(b"{")
+    argv = ["probe", str(folder / "model"), str(other), "--task", "sst2", "--data", str(folder / "glue"), "--frozen"]
+    argv += ["--seeds", "1", "--epochs", "1", "--max-length", "32"]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    assert f"{other}: cannot be loaded by AutoModel" in said.err and "always the most frequent class" in said.out
+    (other / "config.json").write_text("{")  # which is seen before the first is measured
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    assert f"{other}: cannot be loaded by AutoConfig" in said.err and "seed 0" not in said.err
 
 
 def test_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
