@@ -6,19 +6,21 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mlm_dist.data.archive import PIPE
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.packing import LongDocuments, Packing
+from mlm_dist.data.shard import is_url
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_yaml
 from mlm_dist.storage.store import Store
 
 if TYPE_CHECKING:
-    from mlm_dist.eval_models import Candidate
-    from mlm_dist.eval_rows import Settings
+    from mlm_dist.eval_models import Candidate, Scorer
+    from mlm_dist.eval_rows import EvalData, Settings
     from mlm_dist.eval_scores import Census, Device, Group
 
 T = TypeVar("T")
@@ -29,21 +31,33 @@ TIMEOUT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
+class Source:
+    """A data set.
+
+    Attributes:
+        flag: that names it, for messages.
+        path: or URL, of the manifest.
+        settings: how it is read; the text field is the data set's own.
+    """
+
+    flag: str
+    path: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to be done, the same on all ranks.
 
     Attributes:
-        data: path or URL of the manifest.
-        frequencies: of the manifest whose words say how frequent a word is; None for the same.
+        sources: the data set, and one whose words say how frequent a word is, if it is another.
         documents: how many the pseudo-perplexity is taken of; 0 for none.
         batch: most rows that a model takes at once.
         allow_pipe: whether manifests may name commands as shards.
     """
 
     models: list[Candidate]
-    data: str
-    frequencies: str | None
-    settings: Settings
+    sources: list[Source]
     documents: int
     batch: int
     allow_pipe: bool
@@ -111,9 +125,11 @@ def run(args: argparse.Namespace) -> int:
     """``mlm-dist eval``."""
     group, device = join(args.device, args.precision)
     job = agreed(group, lambda: plan(args))
-    results = evaluate(job, group, device)
-    if group.rank == 0:
+    results, mistake = evaluate(job, group, device)
+    if group.rank == 0 and results:
         _show(args, job, results)
+    if mistake is not None:
+        raise mistake
     return 0
 
 
@@ -157,6 +173,26 @@ def agreed(group: Group, make: Callable[[], T]) -> T:
     return result
 
 
+def together(group: Group, make: Callable[[], T]) -> T:
+    """What each rank makes for itself. Collective.
+
+    Raises:
+        UserError: on every rank, as ``make`` does on one of them.
+    """
+    made: Any = None
+    mistake = None
+    try:
+        made = make()
+    except UserError as error:
+        mistake = str(error)
+    mistakes = group.gather(mistake)
+    first = group.broadcast(None if mistakes is None else next(filter(None, mistakes), None))
+    if first is not None:
+        raise UserError(first)
+    result: T = made
+    return result
+
+
 def plan(args: argparse.Namespace) -> Job:
     """The job that the arguments ask for.
 
@@ -164,7 +200,9 @@ def plan(args: argparse.Namespace) -> Job:
         UserError: a model, the data or a setting is missing, or the runs disagree about a setting.
     """
     from mlm_dist.eval_models import candidates, is_run
+    from mlm_dist.eval_tables import check_json
 
+    check_json(args.json)
     for flag, value, least in (("--batch", args.batch, 1), ("--pseudo-perplexity", args.pseudo_perplexity, 0)):
         if value < least:
             raise UserError(f"{flag} {value}: must be at least {least}")
@@ -177,22 +215,37 @@ def plan(args: argparse.Namespace) -> Job:
         for name in args.models
         for candidate in candidates(name, steps=args.steps, every=every, best=args.best)
     ]
+    for model in models:
+        model.look()
     configs = {str(c.run): read_yaml(c.run / "config.yaml") for c in models if c.run is not None}
-    data = args.data or next(
-        (found for config in configs.values() if (found := (config.get("data") or {}).get("val_manifest"))), None
-    )
-    if not data:
-        raise UserError("--data: missing, and no run among the models has a validation set (data.val_manifest)")
+    data = args.data or _validation_set(configs)
     settings = settle(args, configs)
-    for name in filter(None, (data, args.frequencies)):
-        manifest, store = _open(name, args.allow_pipe)
-        manifest.check_files(store=store)
-    manifest, _ = _open(data, args.allow_pipe)
+    named = (("--data", data), ("--frequencies", args.frequencies))
+    sources = [_source(flag, path, settings, args) for flag, path in named if path]
+    return Job(models, sources, args.pseudo_perplexity, args.batch, args.allow_pipe)
+
+
+def _source(flag: str, path: str, settings: Settings, args: argparse.Namespace) -> Source:
+    manifest, store = _open(path, args.allow_pipe)
+    manifest.check_files(store=store)
     if manifest.text_field not in (None, settings.text_field):
-        if args.text_field is not None:
-            raise UserError(f"--text-field {args.text_field}: {data} was indexed with --field {manifest.text_field}")
+        if args.text_field is not None and flag == "--data":
+            raise UserError(f"--text-field {args.text_field}: {path} was indexed with --field {manifest.text_field}")
         settings = replace(settings, text_field=manifest.text_field)
-    return Job(models, data, args.frequencies, settings, args.pseudo_perplexity, args.batch, args.allow_pipe)
+    return Source(flag, path, settings)
+
+
+def _validation_set(configs: dict[str, dict[str, Any]]) -> str:
+    """That of the first run that has one."""
+    for run, config in configs.items():
+        if found := (config.get("data") or {}).get("val_manifest"):
+            if not is_url(found) and not Path(found).is_file():
+                where = "" if Path(found).is_absolute() else "start in the directory that the run was started in, or "
+                raise UserError(
+                    f"--data: missing, and there is no {found}, the data.val_manifest of {run}; {where}give --data"
+                )
+            return str(found)
+    raise UserError("--data: missing, and no run among the models has a validation set (data.val_manifest)")
 
 
 def settle(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> Settings:
@@ -230,60 +283,63 @@ def _open(data: str, allow_pipe: bool) -> tuple[Manifest, Store]:
     return manifest, Store(manifest.root, allow_pipe=allow_pipe)
 
 
-def evaluate(job: Job, group: Group, device: Device) -> list[dict[str, Any]]:
-    """The numbers of each model of the job, on rank 0. Collective.
-
-    Raises:
-        UserError: a model cannot be loaded or does not fit the data.
-    """
+def evaluate(job: Job, group: Group, device: Device) -> tuple[list[dict[str, Any]], UserError | None]:
+    """The numbers of the job's models, on rank 0, and what is wrong with the first that has none, after which no other is tried. Collective."""
     from mlm_dist import eval_pseudo, eval_scores
+
+    results: list[dict[str, Any]] = []
+    texts: list[str] = []
+    censuses: dict[str, Census] = {}
+    for candidate in job.models:
+        try:
+            scorer, data, *others = together(group, partial(_prepare, job, candidate, device))
+            fingerprint = data.tokenizer.fingerprint
+            if job.documents and not texts:
+                texts = eval_pseudo.choose(data.maker, job.documents, group)
+            if fingerprint not in censuses:
+                censuses[fingerprint] = eval_scores.take_census(data, group, *others)
+            result = eval_scores.measure(data, censuses[fingerprint], scorer, group, device)
+            if job.documents:
+                result["pseudo"] = eval_pseudo.measure(data, texts, scorer, group, device)
+        except UserError as error:
+            return results, error
+        if group.rank == 0 and result["loss"] is not None:
+            print(f"{candidate.label}: loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}", file=sys.stderr)
+        facts = {"model": candidate.name, "step": candidate.step, "label": candidate.label}
+        results.append({**facts, "tokenizer": fingerprint, **result})
+    return results, None
+
+
+def _prepare(job: Job, candidate: Candidate, device: Device) -> tuple[Scorer, EvalData, *tuple[EvalData, ...]]:
+    """The model, and the sources as it reads them."""
     from mlm_dist.data import tokenizer as tokenizers
     from mlm_dist.eval_models import Scorer
     from mlm_dist.eval_rows import EvalData
 
-    opened = [_open(name, job.allow_pipe) for name in (job.data, job.frequencies) if name is not None]
-    results = []
-    texts: list[str] = []
-    censuses: dict[str, Census] = {}
-    for candidate in job.models:
-        model, pretrained = candidate.load()
-        tokenizer = tokenizers.from_pretrained(pretrained)
-        scorer = Scorer(model, tokenizer, job.settings.seq_len, candidate.name).to(device.device)
-        data, *others = (EvalData(*source, tokenizer, job.settings, job.batch) for source in opened)
-        if tokenizer.fingerprint not in censuses:
-            censuses[tokenizer.fingerprint] = eval_scores.take_census(data, group, *others)
-        result = eval_scores.measure(data, censuses[tokenizer.fingerprint], scorer, group, device)
-        if job.documents:
-            texts = texts or eval_pseudo.choose(data.maker, job.documents, group)
-            result["pseudo"] = eval_pseudo.measure(data, texts, scorer, group, device)
-        if group.rank == 0 and result["loss"] is not None:
-            print(f"{candidate.label}: loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}", file=sys.stderr)
-        facts = {"model": candidate.name, "step": candidate.step, "label": candidate.label}
-        results.append({**facts, "tokenizer": tokenizer.fingerprint, **result})
-    return results
+    model, pretrained = candidate.load()
+    tokenizer = tokenizers.from_pretrained(pretrained)
+    scorer = Scorer(model, tokenizer, job.sources[0].settings.seq_len, candidate.name).to(device.device)
+    data, *others = (
+        EvalData(*_open(s.path, job.allow_pipe), tokenizer, s.settings, job.batch, s.flag) for s in job.sources
+    )
+    return scorer, data, *others
 
 
 def _show(args: argparse.Namespace, job: Job, results: list[dict[str, Any]]) -> None:
-    from mlm_dist.eval_tables import as_json, notes, print_tables, save_json, tables
+    from mlm_dist.eval_tables import notes, publish, tables
 
-    manifest, _ = _open(job.data, job.allow_pipe)
+    data = job.sources[0]
+    manifest, _ = _open(data.path, job.allow_pipe)
     facts = {
-        "data": job.data,
+        "data": data.path,
         "fingerprint": manifest.fingerprint,
         "documents": manifest.num_documents,
-        "frequencies": job.frequencies or job.data,
-        "settings": asdict(job.settings),
+        "frequencies": job.sources[-1].path,
+        "settings": asdict(data.settings),
         "precision": args.precision,
         "models": results,
     }
-    if str(args.json) == "-":
-        print(as_json(facts), end="")
-        return
-    if args.json is not None:
-        save_json(args.json, facts)
-    print_tables(tables(facts), markdown=args.markdown)
-    for line in notes(facts):
-        print(line)
+    publish(facts, tables(facts), notes(facts), path=args.json, markdown=args.markdown)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

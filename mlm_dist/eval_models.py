@@ -1,8 +1,9 @@
-"""The models of ``mlm-dist eval`` and ``mlm-dist probe``: found by what the user names, loaded, and asked for scores at masked places only."""
+"""The models of ``mlm-dist eval``, ``probe`` and ``fill-mask``: found by what the user names, loaded, and asked for scores at masked places only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,23 @@ class Candidate:
             return self.name
         return f"{self.run} step {self.step:,}"
 
+    def look(self) -> None:
+        """See that its configuration and tokenizer can be read, which takes no time, before others are measured that do.
+
+        Raises:
+            UserError: they cannot.
+        """
+        import transformers
+
+        from mlm_dist.data.tokenizer import load_pretrained
+
+        model, tokenizer = (self.name, self.name) if self.run is None else (self.run / "model", self.run / "tokenizer")
+        with _loading(self.name, "AutoConfig"):
+            transformers.AutoConfig.from_pretrained(
+                str(model), local_files_only=self.run is not None, trust_remote_code=False
+            )
+        load_pretrained(str(tokenizer), key=self.name)
+
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Its masked-LM weights, fp32 on the CPU in eval mode, and its tokenizer.
 
@@ -65,7 +83,7 @@ def candidates(name: str, *, steps: Sequence[int] = (), every: bool = False, bes
     """What ``name`` stands for: of a run the checkpoints of ``steps``, ``every`` one, the ``best`` by validation loss, or the newest.
 
     Raises:
-        UserError: there are none such.
+        UserError: there are none such, or what one says of itself is damaged.
     """
     if not is_run(name):
         path = Path(name)
@@ -83,7 +101,23 @@ def candidates(name: str, *, steps: Sequence[int] = (), every: bool = False, bes
         sources = [export.Source(run, path) for path in checkpoint.committed(run)] or [export.find(name)]
     else:
         sources = [export.find(name, best=best)]
-    return [Candidate(name, s.run_dir, s.checkpoint, int(s.checkpoint.resolve().name.split("_")[-1])) for s in sources]
+    try:
+        return [Candidate(name, s.run_dir, s.checkpoint, checkpoint.Reader(s.checkpoint).step) for s in sources]
+    except checkpoint.CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _loading(name: str, auto: str) -> Iterator[None]:
+    """What goes wrong in transformers' class ``auto`` as a UserError."""
+    try:
+        yield
+    except Exception as error:  # safetensors, pickle, JSON and network errors share no base
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name}: cannot be loaded by {auto} ({first}); "
+            "give a run, an exported model or a name on the Hugging Face hub"
+        ) from error
 
 
 def load_stock(name: str, auto: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -94,17 +128,10 @@ def load_stock(name: str, auto: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """
     import transformers
 
-    try:
-        with quiet():
-            model, info = getattr(transformers, auto).from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # safetensors, pickle, JSON and network errors share no base
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name}: cannot be loaded by {auto} ({first}); "
-            "give a run, an exported model or a name on the Hugging Face hub"
-        ) from error
+    with _loading(name, auto), quiet():
+        model, info = getattr(transformers, auto).from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
     # A pooler is not used here; many checkpoints have none.
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing or info["mismatched_keys"]:

@@ -66,10 +66,19 @@ class Part:
 class EvalData:
     """A manifest's documents as one tokenizer cuts them, masked as a run of the same settings masks its validation set."""
 
-    def __init__(self, manifest: Manifest, store: Store, tokenizer: TextTokenizer, settings: Settings, batch: int):
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: Store,
+        tokenizer: TextTokenizer,
+        settings: Settings,
+        batch: int,
+        flag: str = "--data",
+    ):
         """
         Args:
             batch: most rows of ``seq_len`` tokens that a model takes at once.
+            flag: that named the manifest, for messages.
 
         Raises:
             UserError: the manifest holds token ids of another tokenizer.
@@ -77,7 +86,7 @@ class EvalData:
         made_with = manifest.token_ids
         if made_with not in (None, TokenIds.of(tokenizer)):
             raise UserError(
-                f"--data: the manifest holds token ids of a tokenizer with the fingerprint {made_with.fingerprint[:12]}, not of the model's "
+                f"{flag}: the manifest holds token ids of a tokenizer with the fingerprint {made_with.fingerprint[:12]}, not of the model's "
                 f"({tokenizer.fingerprint[:12]}); give a manifest of text"
             )
         self.settings, self.tokenizer, self.batch = settings, tokenizer, batch

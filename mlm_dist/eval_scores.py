@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from mlm_dist import eval_words
+from mlm_dist.errors import UserError
 from mlm_dist.evaluate import perplexity, unigram_entropy
 
 if TYPE_CHECKING:
@@ -79,12 +80,14 @@ class Census:
         words: different words of each bin.
         unigram_entropy: nats a token, see ``evaluate.validate``.
         lost_documents: how many could not be read, and so count in nothing.
+        lost_frequencies: the same of another data set that tells how frequent words are.
     """
 
     bins: dict[bytes, int]
     words: list[int]
     unigram_entropy: float
     lost_documents: int
+    lost_frequencies: int
 
 
 def take_census(data: EvalData, group: Group, frequencies: EvalData | None = None) -> Census:
@@ -92,6 +95,9 @@ def take_census(data: EvalData, group: Group, frequencies: EvalData | None = Non
 
     Args:
         frequencies: whose words tell how frequent a word is, if not the data set's own.
+
+    Raises:
+        UserError: none of the documents of ``frequencies`` can be read.
     """
     found = group.gather(_count(data, group))
     others = None if frequencies is None else group.gather(_count(frequencies, group))
@@ -106,8 +112,14 @@ def take_census(data: EvalData, group: Group, frequencies: EvalData | None = Non
             [sizes[i] for i in range(len(eval_words.BINS))],
             unigram_entropy(sum(tokens for _, tokens, _ in found), data.tokenizer.special),
             sum(lost for _, _, lost in found),
+            sum(lost for _, _, lost in others or ()),
         )
     whole: Census = group.broadcast(census)
+    if frequencies is not None and whole.lost_frequencies == frequencies.maker.manifest.num_documents:
+        raise UserError(
+            f"--frequencies: none of its {whole.lost_frequencies:,} documents can be read "
+            f"(of JSON members the field {frequencies.settings.text_field!r})"
+        )
     return whole
 
 
@@ -135,8 +147,9 @@ def measure(data: EvalData, census: Census, scorer: Scorer, group: Group, device
     """Score the whole data set. Collective: rank 0 gets the numbers, the others an empty dict.
 
     Returns:
-        loss (nats per masked token), perplexity, accuracy, top5_accuracy, selected (masked tokens), unigram_entropy, lost_documents, and by_frequency: for
-        each of ``eval_words.BINS`` its ranks, words (different ones), selected, loss, accuracy and top5_accuracy; null of a bin without a masked token.
+        loss (nats per masked token), perplexity, accuracy, top5_accuracy, selected (masked tokens), unigram_entropy, lost_documents, lost_frequencies, and
+        by_frequency: for each of ``eval_words.BINS`` its ranks, words (different ones), selected, loss, accuracy and top5_accuracy; null of a bin without a
+        masked token.
     """
     numbers = range(group.rank, data.num_parts, group.world_size)
     found = group.gather([_part_sums(data, census, scorer, device, data.part(number).rows) for number in numbers])
@@ -152,6 +165,7 @@ def measure(data: EvalData, census: Census, scorer: Scorer, group: Group, device
         "perplexity": None if overall["loss"] is None else perplexity(overall["loss"]),
         "unigram_entropy": census.unigram_entropy,
         "lost_documents": census.lost_documents,
+        "lost_frequencies": census.lost_frequencies,
         "by_frequency": rows,
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from mlm_dist.errors import UserError
 from mlm_dist.files import write_atomically
+from mlm_dist.json_lines import plain
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,31 @@ def print_tables(tables: Sequence[Table], *, markdown: bool = False) -> None:
 
 def as_json(facts: dict[str, Any]) -> str:
     """The numbers for other programs. Those that JSON has no word for, NaN and the infinite, become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     return json.dumps(plain(facts), indent=1) + "\n"
 
 
-def save_json(path: Path, facts: dict[str, Any]) -> None:
-    """Write ``as_json`` to a file. Raises UserError if that is not possible."""
+def check_json(path: Path | None) -> None:
+    """Raises UserError, before the work, where ``publish`` could not write its file."""
+    if path is not None and str(path) != "-" and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {path}: cannot be written; give a file in a directory that is there, or - for stdout")
+
+
+def publish(
+    facts: dict[str, Any], shown: Sequence[Table], lines: Sequence[str], *, path: Path | None, markdown: bool
+) -> None:
+    """Tables and lines to stdout, then the numbers into the file; where that is ``-``, the numbers alone to stdout.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if str(path) == "-":
+        print(as_json(facts), end="")
+        return
+    print_tables(shown, markdown=markdown)
+    for line in lines:
+        print(line)
+    if path is None:
+        return
     try:
         write_atomically(path, as_json(facts).encode())
     except OSError as error:
@@ -146,6 +158,10 @@ def notes(facts: dict[str, Any]) -> list[str]:
     if lost:
         lines.append(
             f"note: {lost:,} of {facts['documents']:,} documents cannot be read; the numbers are of the others"
+        )
+    if lost := max(m["lost_frequencies"] for m in facts["models"]):
+        lines.append(
+            f"note: {lost:,} documents of {facts['frequencies']} cannot be read; how frequent words are is of the others"
         )
     if not any(m["selected"] for m in facts["models"]):
         lines.append("note: the data set holds no text to predict; nothing is measured")

@@ -1,12 +1,10 @@
 """``mlm-dist fill-mask``: ask a model for the words behind [MASK]."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_dist.errors import UserError
 from mlm_dist.model import families
-from mlm_dist.model.pretrained import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +29,7 @@ def fill(
     where = (ids == tokenizer.mask_token_id).nonzero()[:, 0]
     if not len(where):
         raise UserError(f"text {text!r}: has no {tokenizer.mask_token}; put one where a word is wanted")
-    family = families.FAMILIES.get(model.config.model_type)  # a name of the hub may be of any
-    positions = family.longest(model.config) if family else model.config.max_position_embeddings
+    positions = families.longest(model.config, default=len(ids))
     if len(ids) > positions:
         raise UserError(f"text of {len(ids):,} tokens: the model reads at most {positions:,}; give a shorter one")
     was_training = model.training
@@ -55,30 +52,12 @@ def load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     format, or a hub name.
 
     Raises:
-        UserError: nothing there that can be loaded.
+        UserError: nothing there that can be loaded, or one without its masked-LM head.
     """
-    from mlm_dist import export
+    from mlm_dist.eval_models import candidates
 
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        return export.load(export.find(path))
-    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{name}: no such directory; give a run, an exported model or a name on the Hugging Face hub")
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-    try:
-        with quiet():
-            model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # safetensors, pickle, JSON and network errors share no base
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name}: cannot be loaded as a masked-language model ({first}); "
-            "give a run, an exported model or a name on the Hugging Face hub"
-        ) from error
-    if tokenizer.mask_token_id is None:
-        raise UserError(f"{name}: its tokenizer has no mask token; give a masked-language model")
-    return model.eval(), tokenizer
+    (newest,) = candidates(name)
+    return newest.load()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

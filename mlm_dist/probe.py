@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlm_dist.errors import UserError
-from mlm_dist.eval_tables import Table, print_tables, save_json
+from mlm_dist.eval_tables import Table, check_json, publish
 from mlm_dist.probe_data import TASKS, Columns, Examples, Task, as_number, from_dataset, read
 from mlm_dist.probe_metrics import METRICS, check, score
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="examples of a step (default: 32)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens that are read (default: 128, or fewer)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too (- for stdout alone)")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
@@ -103,15 +103,26 @@ def run(args: argparse.Namespace) -> int:
         args.batch,
     )
     _check_numbers(args, recipe)
+    check_json(args.json)
     problem = open_problem(args)
     models = [candidate for name in args.models for candidate in candidates(name)]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     how = {"frozen": args.frozen, "seeds": args.seeds, "max_length": args.max_length}
-    results = [measure(model, problem, recipe, device, **how) for model in models]
+    results: list[dict[str, Any]] = []
+    mistake = None
+    for model in models:
+        model.look()
+    for model in models:
+        try:
+            results.append(measure(model, problem, recipe, device, **how))
+        except UserError as error:
+            mistake = error
+            break
     facts = {
         "train": problem.train.source,
         "dev": problem.dev.source,
         "examples": {"train": len(problem.train), "dev": len(problem.dev)},
+        "left_out": {"train": problem.train.left_out, "dev": problem.dev.left_out},
         "classes": problem.classes,
         "metric": problem.metric,
         "baseline": problem.baseline(),
@@ -119,9 +130,10 @@ def run(args: argparse.Namespace) -> int:
         **asdict(recipe),
         "models": results,
     }
-    if args.json is not None:
-        save_json(args.json, facts)
-    print_tables([table(facts)], markdown=args.markdown)
+    if results:
+        publish(facts, [table(facts)], notes(facts), path=args.json, markdown=args.markdown)
+    if mistake is not None:
+        raise mistake
     return 0
 
 
@@ -159,7 +171,8 @@ def open_problem(args: argparse.Namespace) -> Problem:
         missing = [flag for flag, path in files.items() if path is None]
         if missing:
             raise UserError(f"{missing[0]}: missing; give --train and --dev, or --data DIR with train.tsv and dev.tsv")
-        train, dev = (read(path, columns) for path in files.values() if path is not None)
+        incomplete = task is not None and task.incomplete
+        train, dev = (read(path, columns, incomplete=incomplete) for path in files.values() if path is not None)
     return _problem(train, dev, columns.label, args.metric, task.metric if task else None)
 
 
@@ -212,13 +225,14 @@ def measure(
     """
     from mlm_dist import probe_training
     from mlm_dist.eval_models import check_length, load_stock
+    from mlm_dist.model import families
 
     if candidate.run is None:
         encoder, tokenizer = load_stock(candidate.name, "AutoModel")
     else:
         model, tokenizer = candidate.load()
         encoder = model.base_model
-    longest = max_length or min(LENGTH, getattr(encoder.config, "max_position_embeddings", LENGTH))
+    longest = max_length or min(LENGTH, families.longest(encoder.config, LENGTH))
     row = [tokenizer.cls_token_id, *[tokenizer.unk_token_id] * (longest - 2), tokenizer.sep_token_id]
     check_length(encoder, row, flag="--max-length", name=candidate.name)
     train = encode(problem.train, problem.goals, encoder, tokenizer, longest)
@@ -285,3 +299,12 @@ def table(facts: dict[str, Any]) -> Table:
         ["model", metric, "each seed", *others],
         rows,
     )
+
+
+def notes(facts: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know besides."""
+    return [
+        f"note: {count:,} lines of {facts[part]} lack columns and are left out"
+        for part, count in facts["left_out"].items()
+        if count
+    ]

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,14 @@ class Task:
         hub: columns of the data set ``glue`` on the hub.
         metric: the one that it is reported by.
         dev: name of the file with the examples to test on.
+        incomplete: whether lines of the public files lack columns, so that everybody leaves such lines out.
     """
 
     files: Columns
     hub: Columns
     metric: str
     dev: str = "dev.tsv"
+    incomplete: bool = False
 
 
 _SENTENCES = Columns("sentence1", "label", "sentence2")
@@ -66,7 +68,12 @@ TASKS = {
     ),
     "mrpc": Task(Columns("#1 String", "Quality", "#2 String"), _SENTENCES, "f1"),
     "qnli": Task(Columns("question", "label", "sentence"), Columns("question", "label", "sentence"), "accuracy"),
-    "qqp": Task(Columns("question1", "is_duplicate", "question2"), Columns("question1", "label", "question2"), "f1"),
+    "qqp": Task(
+        Columns("question1", "is_duplicate", "question2"),
+        Columns("question1", "label", "question2"),
+        "f1",
+        incomplete=True,
+    ),
     "rte": Task(_SENTENCES, _SENTENCES, "accuracy"),
     "sst2": Task(Columns("sentence", "label"), Columns("sentence", "label"), "accuracy"),
     "stsb": Task(Columns("sentence1", "score", "sentence2"), _SENTENCES, "pearson_spearman"),
@@ -82,6 +89,7 @@ class Examples:
         lines: where each example ends in it, from 1.
         pairs: second texts, or None.
         labels: as they are written, numbers in their shortest form.
+        left_out: lines that lack columns.
     """
 
     source: str
@@ -89,6 +97,7 @@ class Examples:
     texts: list[str]
     pairs: list[str] | None
     labels: list[str]
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,8 +126,9 @@ def as_number(label: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def read(path: Path, columns: Columns) -> Examples:
-    """The examples of a file: ``.tsv`` (tabs, quotes mean nothing, as in GLUE), ``.csv`` or ``.jsonl``.
+def read(path: Path, columns: Columns, *, incomplete: bool = False) -> Examples:
+    """The examples of a file: ``.tsv`` (tabs, quotes mean nothing, as in GLUE), ``.csv`` or ``.jsonl``; with ``incomplete``
+    without the lines that have fewer columns than the first.
 
     Raises:
         UserError: it cannot be read, or one of its lines cannot; names file, line and column.
@@ -138,7 +148,9 @@ def read(path: Path, columns: Columns) -> Examples:
     if suffix in (".jsonl", ".ndjson"):
         return _examples(str(path), _jsonl(path, text), columns)
     lines = _tsv(text) if suffix == ".tsv" else _csv(path, text)
-    return _examples(str(path), _table(path, lines, columns), columns)
+    short: list[int] = []
+    found = _examples(str(path), _table(path, lines, columns, short if incomplete else None), columns)
+    return replace(found, left_out=len(short))
 
 
 def from_dataset(name: str, split: str, columns: Columns) -> Examples:
@@ -196,8 +208,10 @@ def _jsonl(path: Path, text: str) -> Iterator[Record]:
         yield number, record
 
 
-def _table(path: Path, lines: Iterator[tuple[int, list[str]]], columns: Columns) -> Iterator[Record]:
-    """Fields by name; of a file without a header by number, from 1."""
+def _table(
+    path: Path, lines: Iterator[tuple[int, list[str]]], columns: Columns, short: list[int] | None
+) -> Iterator[Record]:
+    """Fields by name; of a file without a header by number, from 1. Lines with too few go to ``short``; without it they are an error."""
     header: list[str] | None = None
     for number, fields in lines:
         if header is None:
@@ -208,6 +222,9 @@ def _table(path: Path, lines: Iterator[tuple[int, list[str]]], columns: Columns)
                 raise UserError(f"{path}, line {number}: no column {missing[0]!r}; it has {shown:.300}")
             if not columns.numbered:
                 continue
+        if short is not None and len(fields) < len(header):
+            short.append(number)
+            continue
         if len(fields) != len(header):
             at = f"column {min(len(fields), len(header)) + 1}"
             raise UserError(

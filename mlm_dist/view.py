@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlm_dist.records import Record
+from mlm_dist.report.words import duration
 
 WINDOW = 100  # the last records, whose pace tells the time that is left
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -167,15 +168,6 @@ def sparkline(values: Sequence[float], width: int = SPARK) -> str:
     return "".join(BLOCKS[round((m - low) * scale)] for m in means)
 
 
-def span(seconds: float) -> str:
-    """``0:07``, ``12:34``, ``3:05:00`` or ``2 d 3 h``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def line(view: View) -> str:
     """For a log: one line of plain characters."""
     parts = [
@@ -185,7 +177,7 @@ def line(view: View) -> str:
         None if view.lr is None else f"lr {view.lr:.2e}",
         None if view.tokens_per_s is None else f"{view.tokens_per_s:,.0f} tokens/s",
         None if view.mfu is None else f"MFU {view.mfu:.1%}",
-        None if view.left is None else f"left {span(view.left)}",
+        None if view.left is None else f"left {duration(view.left)}",
         f"done {view.progress:.0%}",
         None if view.data_share is None else f"data wait {view.data_share:.0%}",
         None if view.memory is None else f"memory {view.memory:.1f} GiB",
@@ -207,7 +199,7 @@ def panel(view: View, title: str, *, state: str = "", trouble: bool = False) -> 
     if view.epoch is not None:
         head.append(f"   epoch {view.epoch:.2f}")
     if view.left:
-        head.append(f"   left {span(view.left)}")
+        head.append(f"   left {duration(view.left)}")
     bar = Table.grid(expand=True)  # by itself it does not end its line
     bar.add_row(ProgressBar(total=1.0, completed=view.progress))
     grid = Table.grid(padding=(0, 2))
@@ -250,7 +242,7 @@ def _facts(view: View) -> list[tuple[str, Text]]:
     if view.checkpoint_in is not None:
         facts.append(("checkpoint", Text(f"in {view.checkpoint_in:,} steps")))
     if view.age is not None and view.age > 10:
-        facts.append(("last step", Text(f"{span(view.age)} ago")))
+        facts.append(("last step", Text(f"{duration(view.age)} ago")))
     if view.event is not None:
         step, what = view.event
         at = "" if step is None else f"step {step}: "

@@ -55,6 +55,7 @@ def save_corpus(
     per_member: int = 4,
     members_per_block: int = 1,
     name: str = "manifest.json",
+    field: str = "text",
 ) -> Path:
     """Write the texts as .jsonl members over ``shards`` tars of unequal size; returns the manifest's path."""
     root.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def save_corpus(
         path = root / f"{Path(name).stem}-{s:05d}.tar"
         with tarfile.open(path, "w") as tar:
             for m in range(0, len(part), per_member):
-                payload = "".join(json.dumps({"text": text}) + "\n" for text in part[m : m + per_member]).encode()
+                payload = "".join(json.dumps({field: text}) + "\n" for text in part[m : m + per_member]).encode()
                 info = tarfile.TarInfo(f"{m:06d}.jsonl")
                 info.size = len(payload)
                 tar.addfile(info, io.BytesIO(payload))

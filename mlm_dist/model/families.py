@@ -175,6 +175,12 @@ def of(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
+def longest(config: PreTrainedConfig, default: int) -> int:
+    """Tokens of the longest document that a model of any type has positions for; ``default`` where its configuration does not say."""
+    family = FAMILIES.get(config.model_type)
+    return family.longest(config) if family else getattr(config, "max_position_embeddings", None) or default
+
+
 def config_class(model_type: str) -> type[PreTrainedConfig]:
     """The configuration class of a family."""
     from transformers import CONFIG_MAPPING

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mlm_dist import checkpoint, cli
 from mlm_dist.eval_command import main
+from mlm_dist.files import read_yaml
 from mlm_dist.tracking import read_metrics
 from tests.e2e.program import Program, save_config
 from tests.ranks import ROOT, free_port
@@ -113,6 +116,37 @@ def test_which_checkpoints(run: Path, alone: dict[str, Any], tmp_path: Path) -> 
     ):
         found = here(out, *words, "--batch", "2")["models"]
         assert [(m["step"], m["loss"]) for m in found] == [(step, losses[step]) for step in steps]
+
+
+def test_a_checkpoint_by_another_name(run: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoints" / checkpoint.name(6)).rename(copy / "checkpoints/kept")
+    (found,) = here(tmp_path / "out.json", str(copy / "checkpoints/kept"), "--batch", "2")["models"]
+    assert (found["step"], found["loss"]) == (6, alone["models"][1]["loss"])
+
+
+def test_the_last_of_all_checkpoints_is_damaged(
+    run: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    next((copy / "checkpoints" / checkpoint.name(9)).glob("part-*")).write_bytes(b"damaged")
+    code, stderr = start(2, tmp_path / "out.json", str(copy), *MANY_PARTS)
+    assert code == 2 and checkpoint.name(9) in stderr
+    found = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert [(m["step"], m["loss"]) for m in found] == [(m["step"], m["loss"]) for m in alone["models"][:2]]
+
+
+def test_a_validation_set_that_is_elsewhere(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = read_yaml(copy / "config.yaml")
+    for path, where in (("corpus/val.json", "start in the directory that the run was started in, or "), ("/none", "")):
+        config["data"]["val_manifest"] = path
+        (copy / "config.yaml").write_text(yaml.safe_dump(config))
+        assert main([str(copy)]) == 2
+        said = f"--data: missing, and there is no {path}, the data.val_manifest of {copy}; {where}give --data"
+        assert said in capsys.readouterr().err
 
 
 def test_a_probe_of_a_run_is_one_of_its_export(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mlm_dist import cli, eval_pseudo, eval_words
+from mlm_dist import cli, eval_pseudo, eval_scores, eval_words
 from mlm_dist.data.block import BlockMaker
 from mlm_dist.data.manifest import Manifest
 from mlm_dist.data.masking import MaskConfig
+from mlm_dist.data.members import TokenIds
 from mlm_dist.data.stream import DataConfig, open_stream
 from mlm_dist.data.tokenizer import from_pretrained, load
 from mlm_dist.errors import UserError
@@ -224,6 +226,32 @@ def test_frequencies_of_another_data_set(folder: Path, both: list[dict[str, Any]
     )
 
 
+def test_frequencies_are_read_by_their_own_field(
+    folder: Path, both: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_corpus(tmp_path / "corpus", TEXTS, field="body")
+    manifest = Manifest.read(path)
+    argv = ["eval", str(folder / "one"), "--data", str(folder / "corpus/manifest.json"), "--seq-len", str(SEQ)]
+    argv += ["--batch", "3", "--frequencies", str(path), "--json", str(tmp_path / "out.json")]
+    assert cli.main(argv) == 2  # nothing says which field
+    said = capsys.readouterr().err
+    assert f"--frequencies: none of its {len(TEXTS)} documents can be read" in said and "'text'" in said
+    shard, info = manifest.shards[0], {"tool": "mlm-dist index", "options": {"field": "body"}}
+    Manifest(manifest.root, manifest.shards, info).write(path)
+    assert cli.main(argv) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["models"][0]["by_frequency"] == both[0]["by_frequency"]
+    assert "note:" not in capsys.readouterr().out
+    with manifest.shard_path(0).open("r+b") as file:
+        file.seek(int(shard.offsets[2]) + 600)
+        file.write(b"\xff\xff")
+    assert cli.main(argv) == 0
+    assert f"note: {shard.documents[2]} documents of {path} cannot be read" in capsys.readouterr().out
+    ids = TokenIds("0" * 64, 100, 3, (0, 2, 4))
+    Manifest(manifest.root, manifest.shards, info, token_ids=ids).write(path)
+    assert cli.main(argv) == 2
+    assert "--frequencies: the manifest holds token ids of a tokenizer with the finger" in capsys.readouterr().err
+
+
 def test_equally_frequent_words_share_a_bin() -> None:
     counts = Counter({f"often{i}".encode(): 5 for i in range(99)} | {f"seldom{i}".encode(): 2 for i in range(3)})
     assert set(eval_words.bins(counts, counts).values()) == {0}  # ranks 1 and 100
@@ -385,6 +413,10 @@ def test_markdown_and_json_alone(folder: Path, capsys: pytest.CaptureFixture[str
     assert cli.main([*argv, "--json", "-"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["documents"] == len(TEXTS) and facts["settings"]["seq_len"] == SEQ
+    for path in (folder / "nodir/out.json", folder):
+        assert cli.main([*argv, "--json", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert f"--json {path}: cannot be written" in said and "accuracy" not in said  # nothing was measured
     assert cli.main([*argv, "--markdown"]) == 0
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith(f"| {folder / 'one'} |"))
@@ -437,6 +469,40 @@ def test_models_that_are_none(folder: Path, tmp_path: Path, capsys: pytest.Captu
         argv = ["eval", str(tmp_path / name), "--data", str(folder / "corpus/manifest.json"), "--seq-len", "24"]
         assert cli.main(argv) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_every_model_is_looked_at_before_one_is_measured(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(folder / "two", tmp_path / "other")
+    (other / name).write_text("{")
+    argv = ["eval", str(folder / "one"), str(other), "--data", str(folder / "corpus/manifest.json")]
+    assert cli.main([*argv, "--seq-len", "24"]) == 2
+    said = capsys.readouterr().err
+    assert f"{other}" in said and "be loaded" in said and "accuracy" not in said
+
+
+def test_a_later_model_that_fails_leaves_the_numbers_of_the_others(
+    folder: Path, both: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = shutil.copytree(folder / "two", tmp_path / "other"), tmp_path / "out.json"
+    (other / "model.safetensors").write_bytes(b"{")
+    argv = ["eval", str(folder / "one"), str(other), "--data", str(folder / "corpus/manifest.json"), "--batch", "3"]
+    assert cli.main([*argv, "--seq-len", str(SEQ), "--json", str(out)]) == 2
+    said = capsys.readouterr()
+    assert f"{other}: cannot be loaded by AutoModelForMaskedLM" in said.err and "unigram entropy" in said.out
+    assert [m["loss"] for m in json.loads(out.read_text())["models"]] == [both[0]["loss"]]
+
+
+def test_no_text_for_pseudo_perplexity_is_seen_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(BlockMaker, "texts", lambda *_: [])  # as of a data set of token ids
+    monkeypatch.setattr(eval_scores, "measure", lambda *_: pytest.fail("measured for nothing"))
+    argv = ["eval", str(folder / "one"), "--data", str(folder / "corpus/manifest.json"), "--seq-len", "24"]
+    assert cli.main([*argv, "--pseudo-perplexity"]) == 2
+    assert "--pseudo-perplexity: the data set holds no text" in capsys.readouterr().err
 
 
 def test_data_that_is_not_there(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlm_dist.probe_data import TASKS, Columns, from_dataset, read
 from mlm_dist.probe_training import Encoded, Recipe, embed, predict_frozen, predict_tuned
 from tests.berts import small_bert
 from tests.corpora import WORDS, save_tokenizer
+from tests.families import POSITIONS, save_tokenizer_for, small
 
 FIRST, SECOND = WORDS[:10], WORDS[10:20]
 CPU = torch.device("cpu")
@@ -158,6 +160,32 @@ def test_frozen_pairs_with_scores(folder: Path, tmp_path: Path) -> None:
         assert seed["pearson_spearman"] == pytest.approx((seed["pearson"] + seed["spearman"]) / 2)
 
 
+def test_as_many_tokens_as_the_model_has_places_for(folder: Path, tmp_path: Path) -> None:
+    """RoBERTa's first two positions are not for tokens."""
+    path = save_tokenizer_for("roberta", tmp_path / "model")
+    small("roberta", len(AutoTokenizer.from_pretrained(path))).save_pretrained(path)
+    argv = ["probe", str(path), "--task", "sst2", "--data", str(folder / "glue"), "--frozen", "--seeds", "1"]
+    assert cli.main([*argv, "--epochs", "1", "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["models"][0]["max_length"] == POSITIONS - 2
+
+
+def test_incomplete_lines_of_qqp_are_left_out_and_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    rows = [f"{i}\t1\t2\t{text}\t{text}\t{label}" for i, (text, label) in enumerate(sentences(20, 5))]
+    short = ["20\t1\t2\tis it", "21\t1\t2\tis it\twas it"]
+    (tmp_path / "train.tsv").write_text("\n".join([header, *rows[:7], *short, *rows[7:]]) + "\n")
+    (tmp_path / "dev.tsv").write_text("\n".join([header, *rows]) + "\n")
+    argv = ["--task", "qqp", "--data", str(tmp_path), "--frozen", "--seeds", "1", "--epochs", "1"]
+    found = run(folder, tmp_path / "out.json", *argv)
+    assert found["examples"] == {"train": 20, "dev": 20} and found["left_out"] == {"train": 2, "dev": 0}
+    assert f"note: 2 lines of {tmp_path / 'train.tsv'} lack columns and are left out" in capsys.readouterr().out
+    (tmp_path / "dev.tsv").write_text("\n".join([header, rows[0] + "\t1"]) + "\n")
+    with pytest.raises(UserError, match="line 2, column 7: 7 columns, where the first line has 6"):
+        read(tmp_path / "dev.tsv", TASKS["qqp"].files, incomplete=True)
+
+
 # ---- metrics ----
 
 
@@ -296,6 +324,44 @@ def test_mistakes(folder: Path, flags: list[str], message: str, capsys: pytest.C
     argv += ["--seeds", "1", "--epochs", "1"] + ([] if "--max-length" in flags else ["--max-length", "32"])
     assert cli.main([*argv, *flags]) == 2
     assert message.format(model=folder / "model") in capsys.readouterr().err
+
+
+def test_json_alone_and_nothing_learnt_for_a_file_that_cannot_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "probe",
+        str(folder / "model"),
+        "--task",
+        "sst2",
+        "--data",
+        str(folder / "glue"),
+        "--frozen",
+        "--seeds",
+        "1",
+    ]
+    argv += ["--epochs", "1", "--max-length", "32", "--json"]
+    monkeypatch.chdir(folder)
+    assert cli.main([*argv, "-"]) == 0 and not Path("-").exists()
+    assert json.loads(capsys.readouterr().out)["metric"] == "accuracy"
+    for path in ("nodir/out.json", "glue"):
+        assert cli.main([*argv, path]) == 2
+        said = capsys.readouterr().err
+        assert f"--json {path}: cannot be written" in said and "seed 0" not in said
+
+
+def test_a_later_model_that_fails(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(folder / "model", tmp_path / "other")
+    (other / "model.safetensors").write_bytes(b"{")
+    argv = ["probe", str(folder / "model"), str(other), "--task", "sst2", "--data", str(folder / "glue"), "--frozen"]
+    argv += ["--seeds", "1", "--epochs", "1", "--max-length", "32"]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    assert f"{other}: cannot be loaded by AutoModel" in said.err and "always the most frequent class" in said.out
+    (other / "config.json").write_text("{")  # which is seen before the first is measured
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    assert f"{other}: cannot be loaded by AutoConfig" in said.err and "seed 0" not in said.err
 
 
 def test_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from mlm_dist.console import RunConsole
 from mlm_dist.lifecycle import started_at
-from mlm_dist.view import BLOCKS, Cadence, History, line, panel, span, sparkline
+from mlm_dist.report.words import duration
+from mlm_dist.view import BLOCKS, Cadence, History, line, panel, sparkline
 from mlm_dist.watch_command import Heart, Tail, standing
 from tests.ranks import ROOT
 
@@ -61,7 +62,7 @@ def text_of(renderable: Any, width: int = 100) -> str:
     return console.export_text()
 
 
-FACTS = ("4.6000", "12,346", "41.7%", "data wait 25", "61.4", "node7", "0.012 s", "2:00", "40")
+FACTS = ("4.6000", "12,346", "41.7%", "data wait 25", "61.4", "node7", "0.012 s", "2 min 0 s", "40")
 
 
 def test_a_line_and_a_panel_tell_the_same_facts() -> None:
@@ -71,7 +72,7 @@ def test_a_line_and_a_panel_tell_the_same_facts() -> None:
     for text in (plain, shown):
         assert all(fact in text for fact in FACTS), text
     assert plain.startswith(
-        "epoch   1.00  step 40/100  loss 4.6000  lr 1.00e-04  12,346 tokens/s  MFU 41.7%  left 2:00"
+        "epoch   1.00  step 40/100  loss 4.6000  lr 1.00e-04  12,346 tokens/s  MFU 41.7%  left 2 min 0 s"
     )
     assert plain.endswith("checkpoint in 10") and "in 10 steps" in shown and "running" in shown
     assert len(plain) < 240 and plain.isascii() and plain.isprintable()
@@ -120,8 +121,9 @@ def test_sparkline() -> None:
     assert long == BLOCKS[::-1]
 
 
-def test_span() -> None:
-    assert [span(s) for s in (7, 754, 11100, 183600)] == ["0:07", "12:34", "3:05:00", "2 d 3 h"]
+def test_durations() -> None:
+    found = [duration(seconds) for seconds in (0.07, 7, 754, 11100, 183600)]
+    assert found == ["0.07 s", "7 s", "12 min 34 s", "3 h 5 min", "2 d 3 h"]
 
 
 def test_a_log_gets_fewer_lines_as_time_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
