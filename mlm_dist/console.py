@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from types import TracebackType
@@ -38,16 +39,38 @@ def outlive_output() -> None:
             os.fstat(fd)
         except OSError:
             to_null(fd)
+    for old in (sys.stdout, sys.stderr):
+        if old is not None:
+            with contextlib.suppress(OSError):
+                old.flush()
+    _renew_output()
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _renew_output() -> list[Any]:
+    """Make sys.stdout and sys.stderr anew over their file descriptors; returns the old ones."""
+    olds = []
     for name, fd in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
         if old is not None and _number(old) != fd:
             continue  # it goes elsewhere: a test's
-        if old is not None:
-            with contextlib.suppress(OSError):
-                old.flush()
         raw = io.BufferedWriter(_Fd(fd, "w", closefd=False))
         new = io.TextIOWrapper(raw, old and old.encoding, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, new)
+        olds.append(old)
+    return olds
+
+
+_inherited: list[Any] = []
+
+
+def _after_fork() -> None:
+    """In a forked loader worker: the thread that draws the panel may have held a lock of the streams, and is not here to give it back."""
+    _inherited.extend(_renew_output())  # kept, since to close one is to wait for its lock
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and _number(handler.stream) in (1, 2):
+                handler.stream = sys.stdout if _number(handler.stream) == 1 else sys.stderr
 
 
 def _number(stream: Any) -> int | None:

@@ -280,6 +280,35 @@ with RunConsole("demo", 100, 50, enabled=True) as console:
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is shown again"
 
 
+def test_a_worker_forked_while_the_panel_is_drawn_can_write() -> None:
+    code = """
+import logging, os, signal, sys, threading
+from mlm_dist.console import RunConsole, outlive_output
+outlive_output()
+console = RunConsole("demo", 100, 50, enabled=True)
+with console:
+    logging.getLogger("a.library").addHandler(logging.StreamHandler())
+    drawing, drawn = threading.Event(), threading.Event()
+    def draw():
+        with console._live._lock, console.console._lock:
+            drawing.set()
+            drawn.wait()
+    threading.Thread(target=draw).start()
+    drawing.wait()
+    worker = os.fork()
+    if not worker:
+        signal.alarm(20)
+        print("printed by the worker", file=sys.stderr)
+        logging.getLogger("a.library").warning("logged by the worker")
+        os._exit(0)
+    status = os.waitpid(worker, 0)[1]
+    drawn.set()
+sys.exit(os.waitstatus_to_exitcode(status) and 3)
+"""
+    exit_code, output = on_terminal(code)
+    assert exit_code == 0 and "printed by the worker" in output and "logged by the worker" in output
+
+
 def test_watch_on_a_terminal_ends_with_the_run(tmp_path: Path) -> None:
     run_dir(tmp_path / "demo", state="failed", reason="the run hangs: rank 1 on node2 is in step 21")
     code = "import sys; from mlm_dist.cli import main; sys.exit(main(['watch', *sys.argv[1:]]))"
