@@ -1,6 +1,7 @@
 """How a run stands: what the console and ``mlm-dist watch`` make of its records."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -21,7 +22,7 @@ from rich.console import Console
 from mlm_dist.console import RunConsole
 from mlm_dist.lifecycle import started_at
 from mlm_dist.view import BLOCKS, Cadence, History, line, panel, span, sparkline
-from mlm_dist.watch_command import Heart, Tail, standing
+from mlm_dist.watch_command import Heart, Tail, Watch, standing
 from tests.ranks import ROOT
 
 
@@ -227,6 +228,40 @@ def test_watch_goes_on_until_the_run_ends(tmp_path: Path) -> None:
         run_dir(tmp_path, state="finished")
         assert process.wait(30) == 0
         assert "finished at step 20" in process.stdout.read()
+
+
+def test_what_an_attempt_before_told_is_not_said_of_one_that_starts(tmp_path: Path) -> None:
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    run_dir(tmp_path, lock=me | {"attempt": 2}, state="preempted", attempt=1, requeue=True)
+    now = Watch(tmp_path).look()[1]
+    assert (now.state, now.code) == ("starting", None)
+    run_dir(tmp_path, lock=me | {"attempt": 2, "started": 1}, state="preempted", attempt=1)
+    assert "its process is gone" in Watch(tmp_path).look()[1].state
+    run_dir(tmp_path, lock=me | {"attempt": 1}, state="failed", attempt=1)
+    assert Watch(tmp_path).look()[1].code == 1
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir(tmp_path)
+
+    def end(_heart: Heart) -> None:
+        run_dir(tmp_path, state="finished")
+
+    monkeypatch.setattr(Heart, "silence", end)
+    assert Watch(tmp_path).look()[1].code == 0
+
+
+def test_a_fault_of_the_file_server_is_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    watch = Watch(run_dir(tmp_path, lock=me))
+    before, now, _ = watch.look()
+
+    def stale(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    for name in ("open", "read_bytes", "stat"):
+        monkeypatch.setattr(Path, name, stale)
+    assert before is not None and watch.look()[1:] == (now, False)
 
 
 def test_watch_of_no_run_is_a_users_mistake(tmp_path: Path) -> None:
