@@ -526,6 +526,26 @@ def test_which_checkpoints_are_due() -> None:
     assert names("best") == [["step_20", "best"]] and names("best", {(20, 1.0)}) == []
     assert names("best", {(20, 0.5)}) == [["step_20", "best"]]  # made again, after a roll-back
     assert names("all", {(10, 1.0)}, finished=True) == [["step_20", "best"], ["step_30", "final"]]
+    everything = {(k.step, k.made) for k in there}
+    assert names("all", everything) == [] and names("all", everything, True) == [["step_30", "final"]]
+    del there[2]
+    assert names("best", everything, True) == [["step_20", "best", "final"]]
+
+
+def test_a_checkpoint_that_wandb_will_not_get_is_not_told_as_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlm_dist.tracking.kept", lambda _run_dir: [Kept(tmp_path, 10, 1.0, 3.0)])
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "attempt_0001").write_text("in the way")
+    broken = Tracker(tmp_path, TrackConfig(wandb="offline", artifacts="all"), {}, attempt=1)
+    broken.checkpoints()
+    broken.finish(1)
+    assert [e["kind"] for e in events(tmp_path)] == ["wandb"]
+    whole = Tracker(tmp_path, TrackConfig(wandb="offline", artifacts="all"), {}, attempt=2)
+    whole.checkpoints()
+    whole.finish(0)
+    assert [e["kind"] for e in events(tmp_path)] == ["wandb", "artifact"]
 
 
 # Predictions
@@ -559,7 +579,7 @@ def test_predictions_are_in_the_row_of_their_validation(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_of_predictions_is_cut_off(tmp_path: Path) -> None:
-    (tmp_path / "predictions.jsonl").write_text('{"step": 1, "rows": []}\n{"step": 2, "ro')
+    (tmp_path / "predictions.jsonl").write_text('{"step": 1, "rows": []}\n{"rows": []}\n{"step": 3}\n{"step": 2, "ro')
     Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=2).finish()
     assert read_predictions(tmp_path) == {1: []}
     assert [(e["kind"], e["file"]) for e in events(tmp_path)] == [("torn_line", "predictions.jsonl")]
