@@ -610,6 +610,42 @@ def test_redact_knows_variables_by_their_names_and_leaves_paths(monkeypatch: pyt
     assert redact(said) == "*** *** /work/runs/a (http://h/d?password=***&n=1) ['http://h/d?secret=***']"
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (
+            "pipe:curl -sf -H 'Authorization: Bearer canary' https://h/a.tar",
+            "pipe:curl -sf -H 'Authorization: ***' https://h/a.tar",
+        ),
+        ('curl -H "X-Auth-Token: canary" -L https://h/a', 'curl -H "X-Auth-Token: ***" -L https://h/a'),
+        ("curl -H 'PRIVATE-TOKEN: canary' u", "curl -H 'PRIVATE-TOKEN: ***' u"),
+        ("get --verbose --token=canary a.tar", "get --verbose --token=*** a.tar"),
+        ("get --password 'ca nary' --quiet a.tar", "get --password *** --quiet a.tar"),
+        ("get --api-key canary --oauth2-bearer canary a", "get --api-key *** --oauth2-bearer *** a"),
+        ("curl -u me:canary https://h/a", "curl -u *** https://h/a"),
+        ("curl --user 'me:canary' https://h/a", "curl --user '***' https://h/a"),
+        ("AWS_SECRET_ACCESS_KEY=canary/x aws s3 cp a -", "AWS_SECRET_ACCESS_KEY=*** aws s3 cp a -"),
+        ("'https://me:can/ary@can@h/a.tar' and b@c", "'https://***@h/a.tar' and b@c"),
+        ("https://canary@h/a@v1", "https://***@h/a@v1"),
+    ],
+)
+def test_redact_knows_secrets_of_commands_and_urls(text: str, left: str) -> None:
+    assert redact(text) == left and redact(left) == left
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--data.tokenizer tok --train.tokens 500 --mask_token [MASK] -u x",
+        "python -u -m mlm_dist --run.name=a s3://bucket/a@v1 https://h/a@v1 http://h:80/a",
+        "the mask token of the tokenizer is wrong: it must be [MASK]; key: a",
+        "pipe:ssh me@host cat /a.tar",
+    ],
+)
+def test_redact_leaves_what_is_not_secret(text: str) -> None:
+    assert redact(text) == text
+
+
 def test_no_secret_reaches_what_wandb_writes(tmp_path: Path) -> None:
     secret = "s3cr3t-value-zz"
     code = f"""
