@@ -99,7 +99,8 @@ class RunConsole:
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
-        if self.enabled and self.console.is_terminal:
+        # By the stream itself: rich takes a log file for a terminal where FORCE_COLOR is set.
+        if self.enabled and sys.stderr.isatty() and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, get_renderable=self._panel, refresh_per_second=2)
             self._live.start()
         return self

@@ -285,12 +285,12 @@ def test_a_lock_of_another_host_is_judged_by_its_heartbeat(tmp_path: Path, monke
     assert heart.silence() == float("inf")
 
 
-def on_terminal(code: str, *arguments: str) -> tuple[int, str]:
+def on_terminal(code: str, *arguments: str, term: str = "xterm") -> tuple[int, str]:
     """Exit code and output of Python under a terminal of 100 columns."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     command = [sys.executable, "-c", code, *arguments]
-    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": term}
     with subprocess.Popen(command, stdout=other, stderr=other, cwd=ROOT, env=environ) as process:
         os.close(other)
         output = b""
@@ -313,6 +313,26 @@ with RunConsole("demo", 100, 50, enabled=True) as console:
     assert exit_code == 0 and "step 40 / 100" in last and "a loss was not finite" in last
     assert output.index("a line that stays") < output.rindex("╭")
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_a_log_and_a_terminal_without_a_cursor_get_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with RunConsole("demo", 100, 50, enabled=True) as console:
+        console.record(train(40))
+    monkeypatch.delenv("FORCE_COLOR")
+    log = capsys.readouterr().err
+    assert log.startswith("epoch   1.00  step 40/100") and log.strip().isprintable()
+    code = f"""
+from mlm_dist.console import RunConsole
+with RunConsole("demo", 100, 50, enabled=True) as console:
+    console.record({train(40)!r})
+"""
+    assert on_terminal(code, term="dumb")[1].startswith("epoch   1.00  step 40/100")
+    watched = "import sys; from mlm_dist.cli import main; sys.exit(main(['watch', *sys.argv[1:]]))"
+    run_dir(tmp_path, state="finished")
+    assert on_terminal(watched, str(tmp_path), term="dumb")[1].startswith("epoch   0.50  step 20/100")
 
 
 def test_a_worker_forked_while_the_panel_is_drawn_can_write() -> None:
