@@ -335,6 +335,30 @@ with RunConsole("demo", 100, 50, enabled=True) as console:
     assert on_terminal(watched, str(tmp_path), term="dumb")[1].startswith("epoch   0.50  step 20/100")
 
 
+def test_a_terminal_that_nobody_reads_holds_up_nothing() -> None:
+    code = f"""
+import os
+from mlm_dist.console import RunConsole
+with RunConsole("demo", 100, 50, enabled=True) as console:
+    console.record({train(40)!r})
+    for number in range(2000):
+        console.say("line " * 20)
+console.say("finished")
+os._exit(7)
+"""
+    main, other = pty.openpty()
+    try:
+        environ = os.environ | {"TERM": "xterm"}
+        with subprocess.Popen([sys.executable, "-c", code], stderr=other, cwd=ROOT, env=environ) as process:
+            try:
+                assert process.wait(60) == 7
+            finally:
+                process.kill()
+    finally:
+        os.close(main)
+        os.close(other)
+
+
 def test_a_worker_forked_while_the_panel_is_drawn_can_write() -> None:
     code = """
 import logging, os, signal, sys, threading
