@@ -54,7 +54,7 @@ def due(
     for k in there:
         final = finished and k is there[-1]
         wanted = {"none": False, "all": True, "best": k is best, "final": final}[choice]
-        if wanted and (k.step, k.made) not in sent:
+        if wanted and (final or (k.step, k.made) not in sent):  # a final one perhaps again, for the name of it
             aliases = [k.path.name, *(["best"] if k is best else []), *(["final"] if final else [])]
             out.append((k, aliases))
     return out

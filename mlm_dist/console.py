@@ -2,10 +2,14 @@
 
 import contextlib
 import io
+import logging
 import os
+import queue
 import sys
+import threading
+import time
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -38,16 +42,38 @@ def outlive_output() -> None:
             os.fstat(fd)
         except OSError:
             to_null(fd)
+    for old in (sys.stdout, sys.stderr):
+        if old is not None:
+            with contextlib.suppress(OSError):
+                old.flush()
+    _renew_output()
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _renew_output() -> list[Any]:
+    """Make sys.stdout and sys.stderr anew over their file descriptors; returns the old ones."""
+    olds = []
     for name, fd in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
         if old is not None and _number(old) != fd:
             continue  # it goes elsewhere: a test's
-        if old is not None:
-            with contextlib.suppress(OSError):
-                old.flush()
         raw = io.BufferedWriter(_Fd(fd, "w", closefd=False))
         new = io.TextIOWrapper(raw, old and old.encoding, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, new)
+        olds.append(old)
+    return olds
+
+
+_inherited: list[Any] = []
+
+
+def _after_fork() -> None:
+    """In a forked loader worker: the thread that draws the panel may have held a lock of the streams, and is not here to give it back."""
+    _inherited.extend(_renew_output())  # kept, since to close one is to wait for its lock
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and _number(handler.stream) in (1, 2):
+                handler.stream = sys.stdout if _number(handler.stream) == 1 else sys.stderr
 
 
 def _number(stream: Any) -> int | None:
@@ -57,8 +83,40 @@ def _number(stream: Any) -> int | None:
         return None
 
 
+class _Terminal(io.TextIOBase):
+    """stderr as a terminal that a thread writes to: where nobody reads it (Ctrl-S, a connection that is half dead) output is dropped, and nothing waits."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[str] = queue.Queue(100)
+        threading.Thread(target=self._main, name="terminal", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(text)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return True
+
+    def drained(self, seconds: float) -> bool:
+        """Wait until all is written, but no longer than so; whether it is."""
+        until = time.monotonic() + seconds
+        while self._queue.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.01)
+        return not self._queue.unfinished_tasks
+
+    def _main(self) -> None:
+        while True:
+            data = self._queue.get().encode()
+            with contextlib.suppress(OSError):  # it hung up
+                while data:
+                    data = data[os.write(2, data) :]
+            self._queue.task_done()
+
+
 class RunConsole:
-    """Progress of one attempt on rank 0; as a context it owns the panel of a terminal.
+    """Progress of one attempt on rank 0; as a context it owns the panel of a terminal, and never waits for it. For a pipe or file it does:
+    lines of a log are not to be lost.
 
     Args:
         name: the run's.
@@ -74,9 +132,13 @@ class RunConsole:
         self._history, self._cadence = History(), Cadence()
         self._unsaid = False
         self._live: Live | None = None
+        self._terminal: _Terminal | None = None
 
     def __enter__(self) -> Self:
-        if self.enabled and self.console.is_terminal:
+        # By the stream itself: rich takes a log file for a terminal where FORCE_COLOR is set.
+        if self.enabled and sys.stderr.isatty() and not self.console.is_dumb_terminal:
+            self._terminal = _Terminal()
+            self.console.file = cast(IO[str], self._terminal)
             self._live = Live(console=self.console, get_renderable=self._panel, refresh_per_second=2)
             self._live.start()
         return self
@@ -84,8 +146,10 @@ class RunConsole:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live:
+        if self._live and self._terminal:
             self._live.stop()
+            if self._terminal.drained(2.0):
+                self.console.file = sys.stderr
         elif self._unsaid:
             self._say_line()
 

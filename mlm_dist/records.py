@@ -56,8 +56,10 @@ def rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 def read_predictions(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
     """What ``predictions.jsonl`` holds, by step: of each row its ``text`` with the place in «», the ``truth`` there, the ``truth_probability``, and
-    ``predictions``: the likeliest tokens with their probabilities, the best first. The last line of a step counts."""
-    return {line["step"]: line["rows"] for line in read_json_lines(run_dir / "predictions.jsonl")}
+    ``predictions``: the likeliest tokens with their probabilities, the best first. The last line of a step
+    counts; one without its step or rows is passed over."""
+    lines = read_json_lines(run_dir / "predictions.jsonl")
+    return {x["step"]: x["rows"] for x in lines if isinstance(x.get("step"), int) and isinstance(x.get("rows"), list)}
 
 
 def with_predictions(

@@ -158,4 +158,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"written: {made}; where there is a network: wandb sync {made}")
         else:
             print(f"sent: {sent} rows; {held} were there already")
+            if held and any(event.get("kind") == "rollback" for event in replay.events):
+                print(
+                    "of steps that a roll-back took back W&B keeps the first values: --id NEW gives a run with the last"
+                )
     return 0

@@ -38,7 +38,8 @@ class TensorBoard:
         self, directory: Path, history: Sequence[tuple[Record, Sequence[Record]]], warn: Callable[[str], None]
     ) -> None:
         self._directory, self._warn = directory, warn
-        self._queue: queue.SimpleQueue[tuple[Record, Sequence[Record]] | None] = queue.SimpleQueue()
+        # A step means: forget what was from there on.
+        self._queue: queue.SimpleQueue[tuple[Record, Sequence[Record]] | int | None] = queue.SimpleQueue()
         for item in history:
             self._queue.put(item)
         self._ready = threading.Event()
@@ -52,6 +53,11 @@ class TensorBoard:
         if self._thread.is_alive():
             self._queue.put((record, predictions))
 
+    def take_back(self, to: int) -> None:
+        """Queue that the steps after ``to`` come again, with other values. Never blocks, never raises."""
+        if self._thread.is_alive():
+            self._queue.put(to + 1)
+
     def finish(self, timeout: float) -> None:
         """Write what is queued and close the file, waiting at most ``timeout`` seconds."""
         self._queue.put(None)
@@ -59,7 +65,6 @@ class TensorBoard:
 
     def _main(self) -> None:
         try:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.plugins.text import summary_v2  # noqa: F401  # for _events
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -67,11 +72,11 @@ class TensorBoard:
             writer = EventFileWriter(str(self._directory))
             # A TensorBoard that is open meanwhile forgets what it has read of the old file.
             self._ready.set()
-            writer.add_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
+            writer.add_event(_start(0))
             for path in old:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             while (item := self._queue.get()) is not None:
-                for event in _events(*item):
+                for event in [_start(item)] if isinstance(item, int) else _events(*item):
                     writer.add_event(event)
                 if self._queue.empty():
                     writer.flush()
@@ -82,6 +87,13 @@ class TensorBoard:
             )
         finally:
             self._ready.set()
+
+
+def _start(step: int) -> Any:
+    """Of this event TensorBoard makes that what it has read from ``step`` on is forgotten."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    return Event(step=step, session_log=SessionLog(status=SessionLog.START))
 
 
 def _events(record: Record, predictions: Sequence[Record]) -> Iterable[Any]:
@@ -100,6 +112,6 @@ def _events(record: Record, predictions: Sequence[Record]) -> Iterable[Any]:
         for row in predictions:
             word, probability = row["predictions"][0]
             cells = (row["text"], row["truth"], word, f"{probability:.3f}")
-            lines.append("| " + " | ".join(str(cell).replace("|", "&#124;") for cell in cells) + " |")
+            lines.append("| " + " | ".join(" ".join(str(c).splitlines()).replace("|", "&#124;") for c in cells) + " |")
         text = text_pb("val/predictions", "\n".join(lines))
         yield Event(wall_time=record["time"], step=record["step"], summary=text)

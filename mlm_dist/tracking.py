@@ -150,7 +150,10 @@ class Tracker:
                 tables=cfg.predictions is not None,
                 warn=self._warn_mirror,
             )
-        self._board = TensorBoard(self.run_dir / "tensorboard", history, self._warn_mirror) if cfg.tensorboard else None
+        self._board: TensorBoard | None = None
+        if cfg.tensorboard:
+            standing = [(r, p) for r, p in history if self._rows[r["kind"], r["step"]][1] is not None]
+            self._board = TensorBoard(self.run_dir / "tensorboard", standing, self._warn_mirror)
 
     @property
     def wandb_id(self) -> str:
@@ -186,14 +189,14 @@ class Tracker:
             self._shown.record(line)
         key = (line["kind"], line["step"])
         before = self._rows.get(key)
-        if before is not None:  # a step replayed after a restart: W&B has it
+        if before is None:
+            row = len(self._rows)
+            self._rows[key] = (row, _summary_of(line))
+            if self._mirror:
+                self._mirror.put(row, line, predictions)
+        else:  # a step taken again: W&B has it
             self._compare(key, before[1], line)
-            return
-        row = len(self._rows)
-        self._rows[key] = (row, _summary_of(line))
-        if self._mirror:
-            self._mirror.put(row, line, predictions)
-        if self._board:
+        if self._board and (before is None or before[1] is None):  # new, or taken back before
             self._board.put(line, predictions)
 
     def event(self, record: Mapping[str, Any], *, required: bool = False) -> None:
@@ -211,6 +214,8 @@ class Tracker:
             self.checkpoints(finished=True)
         if line["kind"] == "rollback":
             self._rows = {key: (row, None if key[1] > line["to"] else was) for key, (row, was) in self._rows.items()}
+            if self._board:
+                self._board.take_back(line["to"])
 
     def checkpoints(self, *, finished: bool = False) -> None:
         """Make artifacts of the whole checkpoints that are there now, of those that ``track.artifacts`` says and W&B has not got yet."""
@@ -224,8 +229,8 @@ class Tracker:
             self._warn_mirror(f"W&B gets no artifact of the last checkpoint ({error})")
             return
         for checkpoint, aliases in due(self._artifacts, there, sent, finished=finished):
-            self._mirror.checkpoint(checkpoint.path, aliases, checkpoint.facts)
-            self.event({"kind": "artifact", **checkpoint.facts, "aliases": aliases})
+            if self._mirror.checkpoint(checkpoint.path, aliases, checkpoint.facts):
+                self.event({"kind": "artifact", **checkpoint.facts, "aliases": aliases})
 
     def hung(self, timeout: float) -> None:
         """Tell W&B of a hang, as status.json has it, on the way out of a process of which any part may be stuck: takes ``timeout`` seconds at most."""

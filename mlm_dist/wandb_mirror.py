@@ -224,8 +224,8 @@ class Mirror:
         """Queue an alert, which W&B sends to whom its user settings say. Never blocks, never raises."""
         self._put(lambda run: run.alert(title, text, level=level))
 
-    def checkpoint(self, path: Path, aliases: Sequence[str], facts: Mapping[str, Any]) -> None:
-        """Queue a checkpoint as an artifact that refers to where it lies. Never blocks, never raises."""
+    def checkpoint(self, path: Path, aliases: Sequence[str], facts: Mapping[str, Any]) -> bool:
+        """Queue a checkpoint as an artifact that refers to where it lies; False where W&B gets nothing more. Never blocks, never raises."""
 
         def send(run: Any) -> None:
             try:
@@ -233,15 +233,15 @@ class Mirror:
             except (OSError, ValueError) as error:  # retention was faster
                 self._warn(f"W&B gets no artifact of {path.name} ({_line(error)})")
 
-        self._put(send)
+        return self._put(send)
 
-    def _put(self, action: Callable[[Any], Any]) -> None:
-        if self._broken:
-            return
-        try:
-            self._queue.put_nowait(action)
-        except queue.Full:
-            self._fail("W&B does not answer", RuntimeError(f"{_QUEUE_ROWS:,} rows are waiting"))
+    def _put(self, action: Callable[[Any], Any]) -> bool:
+        if not self._broken:
+            try:
+                self._queue.put_nowait(action)
+            except queue.Full:
+                self._fail("W&B does not answer", RuntimeError(f"{_QUEUE_ROWS:,} rows are waiting"))
+        return not self._broken
 
     def finish(self, exit_code: int, timeout: float) -> None:
         """End the W&B run with ``exit_code``; after ``timeout`` seconds go on without it."""

@@ -47,7 +47,7 @@ class Tail:
                     self._file, self._place = found.st_ino, 0
                 file.seek(self._place)
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:  # there is none yet, or its file server has a fault: nothing new
             return
         end = data.rfind(b"\n") + 1
         self._place += end
@@ -89,6 +89,8 @@ class Heart:
             stamp = self._lock.stat().st_mtime
         except FileNotFoundError:
             return None
+        except OSError:  # a fault of the file server tells nothing new
+            return time.monotonic() - self._beat[1] if self._beat else 0.0
         if content.get("host") == socket.gethostname():
             return 0.0 if same_process(content.get("pid"), content.get("started")) else float("inf")
         if self._beat is None:
@@ -118,7 +120,7 @@ def standing(status: dict[str, Any], silence: float | None) -> Standing:
         return Standing("died without a word: its process is gone", EXIT_FAILED)
     if silence > STALE_AFTER_S:
         return Standing(f"no heartbeat for {silence:.0f} s: hung, dead, or cut off", EXIT_HUNG)
-    return Standing("running", None)
+    return Standing("starting" if state == "starting" else "running", None)
 
 
 class Watch:
@@ -136,8 +138,7 @@ class Watch:
     def look(self) -> tuple[View | None, Standing, bool]:
         """(its numbers, how it stands, whether there are new ones)."""
         before = self._history.train[-1:]
-        # Status first: of a run that ends in between, the numbers may be newer than it, but not older.
-        now = standing(read_json(self.run / "status.json") or {}, self._heart.silence())
+        now = self._standing()  # first: of a run that ends in between, the numbers may be newer than it, but not older
         for record in self._metrics.new():
             if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
                 self._history.add(record)
@@ -145,6 +146,17 @@ class Watch:
             self._history.add_event(event)
         view = self._history.view(steps=self._steps, checkpoint_every=self._every)
         return view, now, self._history.train[-1:] != before
+
+    def _standing(self) -> Standing:
+        holder = read_json(self.run / "lock") or {}
+        status = read_json(self.run / "status.json") or {}
+        silence = self._heart.silence()
+        if silence is None or silence == float("inf"):  # it may have ended since its status was read
+            status = read_json(self.run / "status.json") or status
+        attempt, told = holder.get("attempt"), status.get("attempt")
+        if silence is not None and isinstance(attempt, int) and isinstance(told, int) and attempt > told:
+            status = {"state": "starting"}  # what is told is of an attempt before
+        return standing(status, silence)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.interval > 0:
         raise UserError(f"--interval: {args.interval} must be a positive number of seconds.")
     watch = Watch(args.run)
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown"):
         return _on_terminal(watch, args.run.resolve().name, args.once, args.interval)
     return _in_lines(watch, args.once, args.interval)
 

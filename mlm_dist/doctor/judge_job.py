@@ -185,9 +185,7 @@ def room(report: Report) -> list[Finding]:
 
 def wandb(report: Report) -> list[Finding]:
     """Whether tracking reaches its server, from the one rank that tracks."""
-    offline = (
-        "set track.wandb offline (or WANDB_MODE=offline) and `wandb sync` the run later from a host with a network"
-    )
+    offline = "set track.wandb offline (or WANDB_MODE=offline), and later, on a host with a network: mlm-dist sync RUN"
     found = failed(report, "wandb", "W&B", offline, level="yellow")
     for facts in report.by_host("wandb").values():
         if facts["mode"] != "online":

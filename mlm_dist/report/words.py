@@ -23,6 +23,8 @@ KINDS = {
     "torn_line": "a crash left half a line",
     "damaged_lines": "lines of metrics.jsonl could not be read",
     "wandb": "W&B had trouble",
+    "tensorboard": "TensorBoard's files had trouble",
+    "artifact": "a checkpoint became an artifact of the W&B run",
 }
 
 

@@ -83,8 +83,10 @@ def test_checkpoints_are_reference_artifacts(run: Path) -> None:
     aliases = [set(a.aliases) - {"latest"} for a in found]
     told = [e for e in read_json_lines(run / "events.jsonl") if e["kind"] == "artifact"]
     assert [set(e["aliases"]) for e in told][-len(aliases) :] == aliases
-    assert {"step_00000024", "best"} <= set().union(*aliases) and len({e["step"] for e in told}) == len(told)
-    newest = next(a for a in found if "step_00000024" in a.aliases)
+    assert {"step_00000024", "best"} <= set().union(*aliases)
+    before, final = told[:-1], told[-1]
+    assert len({e["step"] for e in before}) == len(before) and final["step"] == STEPS and "final" in final["aliases"]
+    newest = next(a for a in found if "final" in a.aliases)
     files = {p.name: p.stat().st_size for p in (run / "checkpoints" / "step_00000024").iterdir()}
     assert {c.path: c.size for c in newest.manifest.contents} == files
     assert all(c.ref.startswith("file://") and not c.local_path for c in newest.manifest.contents)

@@ -48,6 +48,34 @@ def test_a_killed_attempt_and_its_successor_give_each_step_once(tmp_path: Path) 
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_steps_that_were_taken_back_have_their_new_values_alone(tmp_path: Path, restart: bool) -> None:
+    tracker = Tracker(tmp_path, CONFIG, {}, attempt=1)
+    for step in range(1, 10):
+        tracker.log(train(step, loss=1.0))
+    tracker.log({"kind": "val", "step": 9, "loss": 1.0}, PREDICTIONS)
+    tracker.event({"kind": "rollback", "step": 9, "to": 3, "skip": [3, 8]})
+    if restart:
+        tracker.finish(1)
+        tracker = Tracker(tmp_path, CONFIG, {}, attempt=2)
+    for step in range(4, 8):
+        tracker.log(train(step, loss=2.0))
+    tracker.finish(0)
+    assert scalars(tmp_path, "train/loss") == [(s, 1.0 if s <= 3 else 2.0) for s in range(1, 8)]
+    assert not restart or "val/loss" not in read(tmp_path).Tags()["scalars"]
+    assert restart or scalars(tmp_path, "val/loss") == []
+
+
+def test_a_table_of_predictions_holds_whatever_text(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, CONFIG, {}, attempt=1)
+    row = PREDICTIONS[0] | {"text": "a|\n«[MASK]»\u2028b", "predictions": [["\n", 0.5]]}
+    tracker.log({"kind": "val", "step": 1, "loss": 2.0}, [row, *PREDICTIONS])
+    tracker.finish(0)
+    (text,) = read(tmp_path).Tensors("val/predictions")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {5} and "a&#124; «[MASK]» b" in lines[2]
+
+
 def test_it_can_begin_in_a_later_attempt(tmp_path: Path) -> None:
     first = Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=1)
     first.log(train(1, time=1234.5))

@@ -526,6 +526,26 @@ def test_which_checkpoints_are_due() -> None:
     assert names("best") == [["step_20", "best"]] and names("best", {(20, 1.0)}) == []
     assert names("best", {(20, 0.5)}) == [["step_20", "best"]]  # made again, after a roll-back
     assert names("all", {(10, 1.0)}, finished=True) == [["step_20", "best"], ["step_30", "final"]]
+    everything = {(k.step, k.made) for k in there}
+    assert names("all", everything) == [] and names("all", everything, True) == [["step_30", "final"]]
+    del there[2]
+    assert names("best", everything, True) == [["step_20", "best", "final"]]
+
+
+def test_a_checkpoint_that_wandb_will_not_get_is_not_told_as_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlm_dist.tracking.kept", lambda _run_dir: [Kept(tmp_path, 10, 1.0, 3.0)])
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "attempt_0001").write_text("in the way")
+    broken = Tracker(tmp_path, TrackConfig(wandb="offline", artifacts="all"), {}, attempt=1)
+    broken.checkpoints()
+    broken.finish(1)
+    assert [e["kind"] for e in events(tmp_path)] == ["wandb"]
+    whole = Tracker(tmp_path, TrackConfig(wandb="offline", artifacts="all"), {}, attempt=2)
+    whole.checkpoints()
+    whole.finish(0)
+    assert [e["kind"] for e in events(tmp_path)] == ["wandb", "artifact"]
 
 
 # Predictions
@@ -559,7 +579,7 @@ def test_predictions_are_in_the_row_of_their_validation(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_of_predictions_is_cut_off(tmp_path: Path) -> None:
-    (tmp_path / "predictions.jsonl").write_text('{"step": 1, "rows": []}\n{"step": 2, "ro')
+    (tmp_path / "predictions.jsonl").write_text('{"step": 1, "rows": []}\n{"rows": []}\n{"step": 3}\n{"step": 2, "ro')
     Tracker(tmp_path, TrackConfig(wandb="disabled"), {}, attempt=2).finish()
     assert read_predictions(tmp_path) == {1: []}
     assert [(e["kind"], e["file"]) for e in events(tmp_path)] == [("torn_line", "predictions.jsonl")]
@@ -588,6 +608,42 @@ def test_redact_knows_variables_by_their_names_and_leaves_paths(monkeypatch: pyt
         monkeypatch.setenv(name, value)
     said = "glpat-canary can/ary+can/ary /work/runs/a (http://h/d?password=canary&n=1) ['http://h/d?secret=canary']"
     assert redact(said) == "*** *** /work/runs/a (http://h/d?password=***&n=1) ['http://h/d?secret=***']"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (
+            "pipe:curl -sf -H 'Authorization: Bearer canary' https://h/a.tar",
+            "pipe:curl -sf -H 'Authorization: ***' https://h/a.tar",
+        ),
+        ('curl -H "X-Auth-Token: canary" -L https://h/a', 'curl -H "X-Auth-Token: ***" -L https://h/a'),
+        ("curl -H 'PRIVATE-TOKEN: canary' u", "curl -H 'PRIVATE-TOKEN: ***' u"),
+        ("get --verbose --token=canary a.tar", "get --verbose --token=*** a.tar"),
+        ("get --password 'ca nary' --quiet a.tar", "get --password *** --quiet a.tar"),
+        ("get --api-key canary --oauth2-bearer canary a", "get --api-key *** --oauth2-bearer *** a"),
+        ("curl -u me:canary https://h/a", "curl -u *** https://h/a"),
+        ("curl --user 'me:canary' https://h/a", "curl --user '***' https://h/a"),
+        ("AWS_SECRET_ACCESS_KEY=canary/x aws s3 cp a -", "AWS_SECRET_ACCESS_KEY=*** aws s3 cp a -"),
+        ("'https://me:can/ary@can@h/a.tar' and b@c", "'https://***@h/a.tar' and b@c"),
+        ("https://canary@h/a@v1", "https://***@h/a@v1"),
+    ],
+)
+def test_redact_knows_secrets_of_commands_and_urls(text: str, left: str) -> None:
+    assert redact(text) == left and redact(left) == left
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--data.tokenizer tok --train.tokens 500 --mask_token [MASK] -u x",
+        "python -u -m mlm_dist --run.name=a s3://bucket/a@v1 https://h/a@v1 http://h:80/a",
+        "the mask token of the tokenizer is wrong: it must be [MASK]; key: a",
+        "pipe:ssh me@host cat /a.tar",
+    ],
+)
+def test_redact_leaves_what_is_not_secret(text: str) -> None:
+    assert redact(text) == text
 
 
 def test_no_secret_reaches_what_wandb_writes(tmp_path: Path) -> None:

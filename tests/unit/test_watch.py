@@ -1,6 +1,7 @@
 """How a run stands: what the console and ``mlm-dist watch`` make of its records."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -22,7 +23,7 @@ from mlm_dist.console import RunConsole
 from mlm_dist.lifecycle import started_at
 from mlm_dist.report.words import duration
 from mlm_dist.view import BLOCKS, Cadence, History, line, panel, sparkline
-from mlm_dist.watch_command import Heart, Tail, standing
+from mlm_dist.watch_command import Heart, Tail, Watch, standing
 from tests.ranks import ROOT
 
 
@@ -231,6 +232,40 @@ def test_watch_goes_on_until_the_run_ends(tmp_path: Path) -> None:
         assert "finished at step 20" in process.stdout.read()
 
 
+def test_what_an_attempt_before_told_is_not_said_of_one_that_starts(tmp_path: Path) -> None:
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    run_dir(tmp_path, lock=me | {"attempt": 2}, state="preempted", attempt=1, requeue=True)
+    now = Watch(tmp_path).look()[1]
+    assert (now.state, now.code) == ("starting", None)
+    run_dir(tmp_path, lock=me | {"attempt": 2, "started": 1}, state="preempted", attempt=1)
+    assert "its process is gone" in Watch(tmp_path).look()[1].state
+    run_dir(tmp_path, lock=me | {"attempt": 1}, state="failed", attempt=1)
+    assert Watch(tmp_path).look()[1].code == 1
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir(tmp_path)
+
+    def end(_heart: Heart) -> None:
+        run_dir(tmp_path, state="finished")
+
+    monkeypatch.setattr(Heart, "silence", end)
+    assert Watch(tmp_path).look()[1].code == 0
+
+
+def test_a_fault_of_the_file_server_is_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    watch = Watch(run_dir(tmp_path, lock=me))
+    before, now, _ = watch.look()
+
+    def stale(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    for name in ("open", "read_bytes", "stat"):
+        monkeypatch.setattr(Path, name, stale)
+    assert before is not None and watch.look()[1:] == (now, False)
+
+
 def test_watch_of_no_run_is_a_users_mistake(tmp_path: Path) -> None:
     done = watch(tmp_path)
     assert done.returncode == 2 and "no run directory" in done.stderr
@@ -252,12 +287,12 @@ def test_a_lock_of_another_host_is_judged_by_its_heartbeat(tmp_path: Path, monke
     assert heart.silence() == float("inf")
 
 
-def on_terminal(code: str, *arguments: str) -> tuple[int, str]:
+def on_terminal(code: str, *arguments: str, term: str = "xterm") -> tuple[int, str]:
     """Exit code and output of Python under a terminal of 100 columns."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     command = [sys.executable, "-c", code, *arguments]
-    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    environ = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": term}
     with subprocess.Popen(command, stdout=other, stderr=other, cwd=ROOT, env=environ) as process:
         os.close(other)
         output = b""
@@ -280,6 +315,79 @@ with RunConsole("demo", 100, 50, enabled=True) as console:
     assert exit_code == 0 and "step 40 / 100" in last and "a loss was not finite" in last
     assert output.index("a line that stays") < output.rindex("╭")
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_a_log_and_a_terminal_without_a_cursor_get_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with RunConsole("demo", 100, 50, enabled=True) as console:
+        console.record(train(40))
+    monkeypatch.delenv("FORCE_COLOR")
+    log = capsys.readouterr().err
+    assert log.startswith("epoch   1.00  step 40/100") and log.strip().isprintable()
+    code = f"""
+from mlm_dist.console import RunConsole
+with RunConsole("demo", 100, 50, enabled=True) as console:
+    console.record({train(40)!r})
+"""
+    assert on_terminal(code, term="dumb")[1].startswith("epoch   1.00  step 40/100")
+    watched = "import sys; from mlm_dist.cli import main; sys.exit(main(['watch', *sys.argv[1:]]))"
+    run_dir(tmp_path, state="finished")
+    assert on_terminal(watched, str(tmp_path), term="dumb")[1].startswith("epoch   0.50  step 20/100")
+
+
+def test_a_terminal_that_nobody_reads_holds_up_nothing() -> None:
+    code = f"""
+import os
+from mlm_dist.console import RunConsole
+with RunConsole("demo", 100, 50, enabled=True) as console:
+    console.record({train(40)!r})
+    for number in range(2000):
+        console.say("line " * 20)
+console.say("finished")
+os._exit(7)
+"""
+    main, other = pty.openpty()
+    try:
+        environ = os.environ | {"TERM": "xterm"}
+        with subprocess.Popen([sys.executable, "-c", code], stderr=other, cwd=ROOT, env=environ) as process:
+            try:
+                assert process.wait(60) == 7
+            finally:
+                process.kill()
+    finally:
+        os.close(main)
+        os.close(other)
+
+
+def test_a_worker_forked_while_the_panel_is_drawn_can_write() -> None:
+    code = """
+import logging, os, signal, sys, threading
+from mlm_dist.console import RunConsole, outlive_output
+outlive_output()
+console = RunConsole("demo", 100, 50, enabled=True)
+with console:
+    logging.getLogger("a.library").addHandler(logging.StreamHandler())
+    drawing, drawn = threading.Event(), threading.Event()
+    def draw():
+        with console._live._lock, console.console._lock:
+            drawing.set()
+            drawn.wait()
+    threading.Thread(target=draw).start()
+    drawing.wait()
+    worker = os.fork()
+    if not worker:
+        signal.alarm(20)
+        print("printed by the worker", file=sys.stderr)
+        logging.getLogger("a.library").warning("logged by the worker")
+        os._exit(0)
+    status = os.waitpid(worker, 0)[1]
+    drawn.set()
+sys.exit(os.waitstatus_to_exitcode(status) and 3)
+"""
+    exit_code, output = on_terminal(code)
+    assert exit_code == 0 and "printed by the worker" in output and "logged by the worker" in output
 
 
 def test_watch_on_a_terminal_ends_with_the_run(tmp_path: Path) -> None:
