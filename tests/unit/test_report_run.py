@@ -183,7 +183,13 @@ def test_the_marks_of_the_time_line_are_the_events(troubled: Path) -> None:
 def test_every_kind_of_event_in_the_code_is_shown(tmp_path: Path) -> None:
     """Of those that the code writes, and of one that it does not know yet, a mark or a bar, and a line in both tables."""
     source = "\n".join(p.read_text() for p in (ROOT / "mlm_dist").rglob("*.py") if "report" not in p.parts)
-    kinds = set(re.findall(r'"kind": "([a-z_]+)"', source)) | {"finished", "stopped", "wandb", "tensorboard", "from_the_future"}
+    kinds = set(re.findall(r'"kind": "([a-z_]+)"', source)) | {
+        "finished",
+        "stopped",
+        "wandb",
+        "tensorboard",
+        "from_the_future",
+    }
     kinds -= {"train", "val"}
     assert kinds > set(KINDS) - {"finished", "stopped"}
     told = [event(kind, 1, i, step=1) for i, kind in enumerate(sorted(kinds))]
