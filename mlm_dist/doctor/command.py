@@ -172,8 +172,9 @@ def _look(
     if topology.rank == 0:
         token = secrets.token_hex(4)
         leftovers.enter_context(_exits_on_term())
-        leftovers.callback(lambda: job.remove(facts.get("probe", {}).get("path")))
-        check("probe", lambda: {"path": str(job.probe(place, token)), "token": token})
+        written: list[Path] = []
+        leftovers.callback(job.remove, written)
+        check("probe", lambda: {"path": str(job.probe(place, token, written)), "token": token})
         meeting.publish("probe", facts["probe"])
     check("device", lambda: host.device(topology.local_rank))
     number = [ranks[0] for ranks in report.hosts.values()]

@@ -158,19 +158,23 @@ def _check_cache(directory: str) -> None:
         )
 
 
-def probe(place: Path, token: str) -> Path:
-    """Write a file that the other hosts look for, in the run directory or the nearest directory above it that is there."""
+def probe(place: Path, token: str, written: list[Path]) -> Path:
+    """Write a file that the other hosts look for, in the run directory or the nearest directory above it that is there.
+
+    ``written`` gets its path before the file is made, for this may be ended at any moment.
+    """
     folder = nearest(place)
     path = folder / f".doctor-probe-{token}"
+    written.append(path)
     path.write_text(token)
     return path
 
 
-def remove(path: str | None) -> None:
-    """Take the file away, if it was written."""
-    if path is not None:
+def remove(paths: list[Path]) -> None:
+    """Take away those that are there."""
+    for path in paths:
         with contextlib.suppress(OSError):
-            Path(path).unlink()
+            path.unlink()
 
 
 def nearest(place: Path) -> Path:
