@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mlm_dist import checkpoint, cli
@@ -72,8 +73,13 @@ def start(world: int, out: Path, *words: str) -> tuple[int, str]:
 
 
 def here(out: Path, *words: str) -> dict[str, Any]:
-    """What one process, this one, writes."""
-    assert main([*words, "--json", str(out), "--device", "cpu"]) == 0
+    """What one process, this one, writes, with as many threads as a rank of `start`: sums are divided among them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*words, "--json", str(out), "--device", "cpu"]) == 0
+    finally:
+        torch.set_num_threads(threads)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
