@@ -72,8 +72,9 @@ def _after_fork() -> None:
     _inherited.extend(_renew_output())  # kept, since to close one is to wait for its lock
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
-            if isinstance(handler, logging.StreamHandler) and _number(handler.stream) in (1, 2):
-                handler.stream = sys.stdout if _number(handler.stream) == 1 else sys.stderr
+            old = getattr(handler, "stream", None)  # of some handlers it is sys.stderr at any time, and cannot be set
+            if old not in (sys.stdout, sys.stderr) and _number(old) in (1, 2):
+                handler.stream = sys.stdout if _number(old) == 1 else sys.stderr
 
 
 def _number(stream: Any) -> int | None:
