@@ -204,6 +204,7 @@ def skeleton(line: str) -> str:
         (r"\d[\d.,:e+-]*", "0"),
         (r"W&B \w+", "W&B"),
         (r"│ \S+ +│ +0%", "│ word │ 0%"),
+        (r"left 0 .*", "left"),
         (r" +", " "),
     ):
         line = re.sub(pattern, by, line)
