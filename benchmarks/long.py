@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from mlm_dist.lifecycle import EXIT_STOPPED
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 from tests.e2e.program import Program, save_config
 
 WORLD, WORKERS = 2, 2

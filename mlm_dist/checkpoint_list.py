@@ -15,7 +15,7 @@ from mlm_dist.checkpoint import reader as reading
 from mlm_dist.checkpoint.format import step_of
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_json
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 
 
 @dataclass(frozen=True)

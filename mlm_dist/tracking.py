@@ -18,12 +18,10 @@ from mlm_dist.artifacts import Choice, due, kept
 from mlm_dist.errors import UserError
 from mlm_dist.files import read_json, read_json_lines, write_atomically
 from mlm_dist.json_lines import JsonLines, plain
-from mlm_dist.records import Record, read_metrics, read_predictions, rows, with_predictions
+from mlm_dist.records import Record, read_predictions, rows, with_predictions
 from mlm_dist.redact import redact
 from mlm_dist.tensorboard_mirror import TensorBoard, check_installed
 from mlm_dist.wandb_mirror import Mirror, Mode, resolve_mode
-
-__all__ = ["TrackConfig", "Tracker", "read_metrics"]
 
 log = logging.getLogger(__name__)
 

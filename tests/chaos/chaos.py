@@ -21,7 +21,7 @@ from mlm_dist.config import load
 from mlm_dist.files import read_json_lines
 from mlm_dist.inputs import DataInputs
 from mlm_dist.ledger import Ledger
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 from tests.chaos.rank import PAUSE, ROWS
 from tests.chaos.schedule import Event
 from tests.e2e.faulty import FAULTS, fault

@@ -15,7 +15,7 @@ import yaml
 from mlm_dist import checkpoint, cli
 from mlm_dist.eval_command import main
 from mlm_dist.files import read_yaml
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 from tests.e2e.program import Program, save_config
 from tests.ranks import ROOT, free_port
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 from tests.corpora import documents, save_corpus, save_tokenizer
 from tests.ranks import ROOT, free_port
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from mlm_dist import cli
+from mlm_dist.records import read_metrics
 from mlm_dist.report import facts
 from mlm_dist.report.run import account, load
-from mlm_dist.tracking import read_metrics
 from tests.e2e.faulty import FAULTS, fault
 from tests.e2e.program import Program, losses, save_config
 

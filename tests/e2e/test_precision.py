@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 from tests.e2e.program import Program, losses, save_config
 
 SCALE = 2.0**36

@@ -8,7 +8,7 @@ import pytest
 from mlm_dist import checkpoint
 from mlm_dist.data.rng import keyed_seed
 from mlm_dist.files import read_json, read_json_lines
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 from tests.e2e.program import losses, save_config
 from tests.forked import run_forked
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlm_dist import checkpoint
 from mlm_dist.files import read_json
-from mlm_dist.tracking import read_metrics
+from mlm_dist.records import read_metrics
 from tests.e2e.program import Program, losses, save_config
 
 pytestmark = pytest.mark.timeout(400)

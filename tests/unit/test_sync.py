@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mlm_dist.cli import main
-from mlm_dist.tracking import TrackConfig, Tracker, read_metrics
+from mlm_dist.records import read_metrics
+from mlm_dist.tracking import TrackConfig, Tracker
 from tests import wandb_files
 from tests.unit.test_tracking import PREDICTIONS, _no_wandb_environment, train
 

@@ -20,9 +20,9 @@ import pytest
 from mlm_dist.artifacts import Kept, due
 from mlm_dist.errors import UserError
 from mlm_dist.json_lines import JsonLines
-from mlm_dist.records import read_predictions
+from mlm_dist.records import read_metrics, read_predictions
 from mlm_dist.redact import redact
-from mlm_dist.tracking import TrackConfig, Tracker, read_metrics
+from mlm_dist.tracking import TrackConfig, Tracker
 from mlm_dist.wandb_mirror import Mirror, read_wandb_file, resolve_mode
 from tests import wandb_files
 
